@@ -1,0 +1,115 @@
+"""Fixtures: tiny random models from their configuration, a tiny tokenizer, tiny corpora. Nothing touches a network."""
+
+import json
+import os
+import random
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, below
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+from transformers import (  # noqa: E402
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from unlearn.lens import TunedLens  # noqa: E402
+from unlearn.model import LAYOUTS, save_model  # noqa: E402
+
+VOCABULARY = 301  # prime: divisible by nothing
+DEPTH, WIDTH = 4, 32
+WORDS = "amber basalt cobalt dolomite ember flint garnet halite iron jasper kaolin lapis".split()
+
+
+def tiny_model(kind: str = "gpt_neox", seed: int = 0, depth: int = DEPTH, **overrides: object) -> PreTrainedModel:
+    """A random float32 model of an architecture of the table: 4 blocks, hidden 32, vocabulary 301."""
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "num_hidden_layers": depth,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 48,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+        "attn_implementation": "eager",
+        "pad_token_id": 0,
+        "eos_token_id": 0,
+        "bos_token_id": None,
+    }
+    if kind == "gpt_neox":
+        sizes |= {"rotary_pct": 0.5}
+    if kind in ("gpt_neox", "gpt2"):
+        del sizes["num_key_value_heads"], sizes["head_dim"]
+    if kind == "gpt2":
+        sizes |= {"n_inner": sizes.pop("intermediate_size")}
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**(sizes | overrides))).eval()
+
+
+@pytest.fixture(params=sorted(LAYOUTS))
+def any_model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """One tiny model of every architecture of the table."""
+    return tiny_model(request.param)
+
+
+def _text(rng: random.Random, words: list[str], longest: int = 60) -> str:
+    return " ".join(rng.choice(words) for _ in range(rng.randint(3, longest)))
+
+
+def write_corpus(path: Path, words: list[str], documents: int = 30, seed: int = 0) -> Path:
+    """A JSONL corpus of random words, documents of different lengths."""
+    rng = random.Random(seed)
+    path.write_text("".join(json.dumps({"text": _text(rng, words)}) + "\n" for _ in range(documents)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 301 tokens that adds no special tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([_text(random.Random(0), WORDS, 2000)], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A folder with model/, lens/, forget.jsonl and retain.jsonl, to run the commands on; never written to."""
+    root = tmp_path_factory.mktemp("home")
+    model = tiny_model()
+    model.config.name_or_path = str(root / "model")
+    save_model(model, tokenizer, root / "model")
+    random_lens(model).save(root / "lens")
+    assert TunedLens.load(str(root / "lens"), model).depth == DEPTH
+    write_corpus(root / "forget.jsonl", WORDS[:6], seed=1)
+    write_corpus(root / "retain.jsonl", WORDS[6:], seed=2)
+    return root
+
+
+def random_lens(model: PreTrainedModel, seed: int = 0) -> TunedLens:
+    """A lens with small random translators."""
+    width = model.config.hidden_size
+    generator = torch.Generator().manual_seed(seed)
+    pairs = [
+        (0.05 * torch.randn(width, width, generator=generator), 0.05 * torch.randn(width, generator=generator))
+        for _ in range(model.config.num_hidden_layers)
+    ]
+    return TunedLens(model, dict(enumerate(pairs)))
+
+
+@pytest.fixture
+def token_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of tokenised corpora of this test's own."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"

@@ -1,0 +1,105 @@
+"""Flags: defaults of each mode, refusals, speed of --help."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from unlearn.config import TrainConfig
+from unlearn.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_published_values_of_each_mode() -> None:
+    full = TrainConfig(optimizer="muon")
+    assert (full.remove_coef, full.retain_coef, full.examples, full.retain_loss) == (2.0, 1.0, 1024, "kl")
+    assert (full.muon_lr, full.adam_lr, full.momentum, full.lora_alpha) == (1e-3, 3e-4, 0.95, None)
+    lora = TrainConfig(lora_rank=16)
+    assert (lora.remove_coef, lora.retain_coef, lora.examples, lora.retain_loss) == (5.0, 5.0, 8192, "l2")
+    assert (lora.adam_lr, lora.muon_lr, lora.lora_alpha, lora.lora_dropout) == (1e-3, None, 16.0, 0.05)
+    assert full.layers == (5, 10, 15, 20, 25, 30) and full.batch == 32
+    assert full.lens == "EleutherAI/deep-ignorance-unfiltered-lens"
+    assert full.output == "runs/deep-ignorance-unfiltered-full-muon"
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"lora_alpha": 3.0}, "--lora-alpha"),
+        ({"lora_dropout": 0.1}, "--lora-dropout"),
+        ({"lora_targets": ("dense",)}, "--lora-targets"),
+        ({"muon_lr": 0.1}, "--muon-lr"),
+        ({"momentum": 0.9}, "--momentum"),
+        ({"optimizer": "muon", "lora_rank": 4, "adam_lr": 0.1}, "--adam-lr"),
+        ({"eval_every": 4}, "--eval-every"),
+        ({"data_dir": "x"}, "--data-dir"),
+        ({"limit": 4}, "--limit"),
+        ({"retain_coef": 0.0, "retain_loss": "kl"}, "--retain-loss"),
+        ({"retain_coef": 0.0, "retain_start": 0.5}, "--retain-start"),
+        ({"retain_coef": 0.0, "retain": "x.jsonl"}, "--retain"),
+        ({"remove_coef": 0.0, "forget_loss": "sampled"}, "--forget-loss"),
+        ({"remove_coef": 0.0, "lens": "x"}, "--lens"),
+        ({"forget_column": "a", "forget_template": "{a}"}, "--forget-column"),
+    ],
+)
+def test_flag_without_effect_is_refused(flags: dict[str, object], named: str) -> None:
+    with pytest.raises(UserError, match=f"{named} has no effect"):
+        TrainConfig(**flags)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"layers": ()},
+        {"layers": (1, 1)},
+        {"lora_rank": -1},
+        {"lora_rank": 4, "lora_dropout": 1.0},
+        {"remove_coef": float("nan")},
+        {"remove_coef": 0.0, "retain_coef": 0.0},
+        {"retain_start": 1.5},
+        {"adam_lr": 0.0},
+        {"clip": 0.0},
+        {"warmup_ratio": 1.0},
+        {"batch": 0},
+        {"micro_batch": 0},
+        {"examples": 0},
+        {"seq_len": 1},
+        {"seed": -1},
+        {"eval_tasks": ("mmlu",), "limit": 0},
+    ],
+)
+def test_numbers_out_of_range(flags: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="expected --"):
+        TrainConfig(**flags)
+
+
+def test_target_layers_must_exist() -> None:
+    TrainConfig(layers=(0, 4)).check_depth(4)
+    with pytest.raises(UserError, match=r"0\.\.4 .*found 5"):
+        TrainConfig(layers=(1, 5)).check_depth(4)
+    with pytest.raises(UserError, match=r"0\.\.3 .*found 4"):
+        TrainConfig(layers=(4,), lens_tap="output").check_depth(4)
+    with pytest.raises(UserError, match="--lens has no effect"):
+        TrainConfig(layers=(4,), lens="somewhere").check_depth(4)
+
+
+@pytest.mark.parametrize("script", ["train.py", "evals/run.py", "evals/tamper.py", "-m unlearn", "launch/demo.py"])
+@pytest.mark.parametrize("flag", ["--help", "--no-such-flag"])
+def test_help_and_wrong_flags_answer_within_a_second(script: str, flag: str) -> None:
+    command = [sys.executable, *script.split(), flag]
+    started = time.monotonic()
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    seconds = time.monotonic() - started
+    assert (result.returncode == 0) == (flag == "--help"), result.stderr
+    assert "Traceback" not in result.stderr and (result.stdout + result.stderr).strip()
+    assert seconds < 1.0 or _slow_machine(), f"{seconds:.2f} s"
+
+
+def _slow_machine() -> bool:
+    """Whether starting Python with tyro alone takes most of a second (a loaded machine)."""
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import tyro"], check=True)
+    return time.monotonic() - started > 0.5

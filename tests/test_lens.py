@@ -1,0 +1,172 @@
+"""The lens on disk and in use, against the `tuned-lens` package where it is installed."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DEPTH, WIDTH, random_lens, tiny_model
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from unlearn.errors import UserError
+from unlearn.lens import TunedLens, unembedding_hash
+from unlearn.model import final_norm, residual_streams, unembedding
+
+INPUT = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
+
+
+def lens_folder(tmp_path: Path, model: PreTrainedModel) -> Path:
+    model.config.name_or_path = "somebody/model"
+    random_lens(model).save(tmp_path / "lens")
+    return tmp_path / "lens"
+
+
+def test_logits_follow_the_formula(any_model: PreTrainedModel) -> None:
+    lens = random_lens(any_model)
+    stream = residual_streams(any_model, INPUT, [1])[1].detach()
+    translator = lens.translators["1"]
+    moved = stream + stream @ translator.weight.T + translator.bias
+    expected = final_norm(any_model)(moved) @ unembedding(any_model).T
+    if lens.softcap is not None:
+        expected = lens.softcap * torch.tanh(expected / lens.softcap)
+    torch.testing.assert_close(lens.logits(stream, 1), expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_final_stream_gives_the_models_own_logits(any_model: PreTrainedModel) -> None:
+    with torch.no_grad():
+        lens = TunedLens.load("", any_model, [DEPTH])  # needs no file
+        logits = lens.logits(residual_streams(any_model, INPUT, [DEPTH])[DEPTH], DEPTH)
+        torch.testing.assert_close(logits, any_model(INPUT).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_lens_keeps_the_original_norm_and_unembedding() -> None:
+    model = tiny_model()
+    lens = random_lens(model)
+    before = lens.logits(torch.ones(1, WIDTH), 0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(lens.logits(torch.ones(1, WIDTH), 0), before)
+    assert not any(parameter.requires_grad for parameter in lens.parameters())
+
+
+@pytest.mark.parametrize("prefix", ["", "layer_translators."])
+@pytest.mark.parametrize("name", ["params.safetensors", "model.safetensors", "params.pt"])
+def test_every_file_form_gives_the_same_lens(tmp_path: Path, name: str, prefix: str) -> None:
+    model = tiny_model()
+    folder = lens_folder(tmp_path, model)
+    expected = TunedLens.load(str(folder), model)
+    tensors = {prefix + key: value.clone() for key, value in expected.translators.state_dict().items()}
+    for file in folder.glob("params.*"):
+        file.unlink()
+    torch.save(tensors, folder / name) if name.endswith(".pt") else save_file(tensors, folder / name)
+    lens = TunedLens.load(str(folder), model, [1, 3])
+    assert sorted(lens.translators) == ["1", "3"]
+    h = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(lens.logits(h, 3), expected.logits(h, 3))
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "gpt2"])
+def test_exchange_with_the_tuned_lens_package(tmp_path: Path, kind: str) -> None:
+    package = pytest.importorskip("tuned_lens")
+    model = tiny_model(kind)
+    model.config.name_or_path = "somebody/model"
+    ours = random_lens(model)
+    ours.save(tmp_path / "ours")
+    loaded = package.TunedLens.from_model_and_pretrained(model, str(tmp_path / "ours"))
+    theirs = package.TunedLens.from_model(model)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in theirs.layer_translators.parameters():
+        parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
+    theirs.save(tmp_path / "theirs")
+    assert theirs.config.unembed_hash == unembedding_hash(unembedding(model))
+    read = TunedLens.load(str(tmp_path / "theirs"), model)
+    streams = residual_streams(model, INPUT, range(DEPTH))
+    with torch.no_grad():
+        for layer, h in streams.items():
+            torch.testing.assert_close(loaded(h, layer), ours.logits(h, layer), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(read.logits(h, layer), theirs(h, layer), rtol=1e-5, atol=1e-5)
+
+
+def test_lens_of_another_width_depth_or_model(tmp_path: Path) -> None:
+    folder = lens_folder(tmp_path, tiny_model())
+    with pytest.raises(UserError, match="d_model 40.*found 32"):
+        TunedLens.load(str(folder), tiny_model(hidden_size=40))
+    with pytest.raises(UserError, match="num_hidden_layers 3.*found 4"):
+        TunedLens.load(str(folder), tiny_model(depth=3))
+    with pytest.raises(UserError, match="another unembed_hash"):
+        TunedLens.load(str(folder), tiny_model(seed=1))
+
+
+def test_lens_of_another_name_without_hash(tmp_path: Path) -> None:
+    model = tiny_model()
+    folder = lens_folder(tmp_path, model)
+    config = json.loads((folder / "config.json").read_text()) | {"unembed_hash": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    model.config.name_or_path = "/models/model"
+    assert TunedLens.load(str(folder), model).depth == DEPTH, "the same name in another place"
+    model.config.name_or_path = "/models/other"
+    with pytest.raises(UserError, match="found one of somebody/model"):
+        TunedLens.load(str(folder), model)
+
+
+def test_wrong_tensors(tmp_path: Path) -> None:
+    model = tiny_model()
+    folder = lens_folder(tmp_path, model)
+    good = TunedLens.load(str(folder), model).translators.state_dict()
+    (folder / "params.pt").unlink()
+    cases = {
+        "expected the tensor 2.bias": {key: value for key, value in good.items() if key != "2.bias"},
+        r"2.bias of shape \(32,\).*found \(31,\)": good | {"2.bias": torch.zeros(31)},
+        r"found \(32,\) torch.int64": good | {"2.bias": torch.zeros(32, dtype=torch.int64)},
+        "NaN or infinity in 2.bias": good | {"2.bias": torch.full((32,), torch.nan)},
+    }
+    for message, tensors in cases.items():
+        save_file({key: value.clone() for key, value in tensors.items()}, folder / "params.safetensors")
+        with pytest.raises(UserError, match=message):
+            TunedLens.load(str(folder), model)
+        assert TunedLens.load(str(folder), model, [0, 1]).depth == DEPTH, "layers not asked for are not read"
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    model = tiny_model()
+    folder = lens_folder(tmp_path, model)
+    whole = (folder / "params.safetensors").read_bytes()
+    for damage in (whole[:-50], b"", b"nonsense" * 10):
+        (folder / "params.safetensors").write_bytes(damage)
+        with pytest.raises(UserError, match="damaged"):
+            TunedLens.load(str(folder), model)
+    (folder / "params.safetensors").unlink()
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json"):
+        TunedLens.load(str(folder), model)
+
+
+class Payload:
+    """What a hostile pickle would run."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (Path("executed"),))
+
+
+def test_pickle_that_is_not_plain_tensors_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model()
+    folder = lens_folder(tmp_path, model)
+    (folder / "params.safetensors").unlink()
+    (folder / "params.pt").write_bytes(pickle.dumps({"0.weight": Payload()}))
+    with pytest.raises(UserError, match="plain tensors"):
+        TunedLens.load(str(folder), model)
+    torch.save({"0.weight": Payload()}, folder / "params.pt")
+    with pytest.raises(UserError, match="plain tensors"):
+        TunedLens.load(str(folder), model)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_missing_lens(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="found nothing"):
+        TunedLens.load(str(tmp_path / "nowhere"), tiny_model())
+    with pytest.raises(UserError, match="hf download somebody/lens"):
+        TunedLens.load("somebody/lens", tiny_model())

@@ -1,0 +1,113 @@
+"""Chunked losses against their naive float64 forms."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from unlearn.losses import kl_divergence, l2_distance, next_token, uniform_cross_entropy, uniform_per_token
+
+# float32 sums over a 301-word vocabulary of logits of size about 5
+TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
+
+
+def naive_logits(hidden: Tensor, matrix: Tensor, softcap: float | None) -> Tensor:
+    logits = hidden.double() @ matrix.double().T
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def inputs(tokens: int, width: int = 24, vocabulary: int = 301) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    hidden = torch.randn(tokens, width, generator=generator)
+    return hidden, torch.randn(vocabulary, width, generator=generator)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("chunk", [1, 3, 7, 1024])
+@pytest.mark.parametrize("tokens", [1, 7, 20])
+def test_uniform_cross_entropy(tokens: int, chunk: int, softcap: float | None) -> None:
+    hidden, matrix = inputs(tokens)
+    naive = hidden.double().requires_grad_()
+    logits = naive_logits(naive, matrix, softcap)
+    expected = -torch.log_softmax(logits, -1).mean() / math.log(301)
+    expected.backward()
+    hidden.requires_grad_()
+    loss = uniform_cross_entropy(hidden, matrix, chunk=chunk, softcap=softcap)
+    loss.backward()
+    torch.testing.assert_close(loss, expected.float(), **TOLERANCE)
+    torch.testing.assert_close(hidden.grad, naive.grad.float(), **TOLERANCE)
+
+
+def test_uniform_cross_entropy_takes_any_shape_and_upstream_gradient() -> None:
+    hidden, matrix = inputs(12)
+    flat = hidden.clone().requires_grad_()
+    shaped = hidden.reshape(3, 4, -1).clone().requires_grad_()
+    (5 * uniform_cross_entropy(flat, matrix)).backward()
+    (5 * uniform_cross_entropy(shaped, matrix, chunk=5)).backward()
+    torch.testing.assert_close(shaped.grad.reshape(12, -1), flat.grad)
+
+
+def test_floor_is_one_and_entropy_is_exact() -> None:
+    hidden, matrix = inputs(9)
+    loss, entropy = uniform_per_token(torch.zeros_like(hidden), matrix)
+    torch.testing.assert_close(loss, torch.ones(9))
+    torch.testing.assert_close(entropy, torch.full((9,), math.log(301)))
+    _, entropy = uniform_per_token(hidden, matrix, chunk=4)
+    expected = torch.distributions.Categorical(logits=naive_logits(hidden, matrix, None)).entropy()
+    torch.testing.assert_close(entropy, expected.float(), **TOLERANCE)
+
+
+def test_no_token_is_an_error() -> None:
+    hidden, matrix = inputs(3)
+    with pytest.raises(ValueError, match="at least one token"):
+        uniform_cross_entropy(hidden[:0], matrix)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("chunk", [1, 5, 1024])
+def test_next_token_and_its_gradients(chunk: int, softcap: float | None) -> None:
+    hidden, matrix = (tensor.requires_grad_() for tensor in inputs(11))
+    targets = torch.randint(301, (11,), generator=torch.Generator().manual_seed(0))
+    weights = torch.rand(11, generator=torch.Generator().manual_seed(1))
+    loss, per_token = next_token(hidden, matrix, targets, weights, chunk=chunk, softcap=softcap)
+    (2 * loss).backward()
+    naive_hidden, naive_matrix = (tensor.detach().double().requires_grad_() for tensor in (hidden, matrix))
+    logits = naive_logits(naive_hidden, naive_matrix, softcap)
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    (2 * (expected * weights).sum()).backward()
+    torch.testing.assert_close(per_token, expected.float(), **TOLERANCE)
+    torch.testing.assert_close(hidden.grad, naive_hidden.grad.float(), **TOLERANCE)
+    torch.testing.assert_close(matrix.grad, naive_matrix.grad.float(), **TOLERANCE)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1024])
+def test_kl_divergence_and_its_gradients(chunk: int) -> None:
+    hidden, matrix = (tensor.requires_grad_() for tensor in inputs(11))
+    reference_hidden, reference_matrix = inputs(12)
+    weights = torch.rand(11, generator=torch.Generator().manual_seed(1))
+    loss, per_token = kl_divergence(hidden, matrix, reference_hidden[:11], reference_matrix, weights, chunk=chunk)
+    loss.backward()
+    naive_hidden, naive_matrix = (tensor.detach().double().requires_grad_() for tensor in (hidden, matrix))
+    live = torch.log_softmax(naive_logits(naive_hidden, naive_matrix, None), -1)
+    kept = torch.log_softmax(naive_logits(reference_hidden[:11], reference_matrix, None), -1)
+    expected = torch.nn.functional.kl_div(live, kept, log_target=True, reduction="none").sum(-1)
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(per_token, expected.float(), **TOLERANCE)
+    torch.testing.assert_close(hidden.grad, naive_hidden.grad.float(), **TOLERANCE)
+    torch.testing.assert_close(matrix.grad, naive_matrix.grad.float(), **TOLERANCE)
+
+
+def test_kl_divergence_of_a_model_with_itself_is_zero_in_bf16_too() -> None:
+    """The predecessor's KL, taken in bfloat16, went negative."""
+    hidden, matrix = (tensor.bfloat16() for tensor in inputs(11))
+    _, per_token = kl_divergence(hidden, matrix, hidden, matrix, torch.ones(11))
+    assert torch.equal(per_token, torch.zeros(11))
+
+
+def test_l2_distance_has_a_finite_gradient_at_zero() -> None:
+    hidden, _ = inputs(5)
+    live = hidden.clone().requires_grad_()
+    l2_distance(live, hidden).sum().backward()
+    assert torch.equal(live.grad, torch.zeros_like(hidden))
+    torch.testing.assert_close(l2_distance(hidden + 1, hidden), torch.full((5,), math.sqrt(24)))

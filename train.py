@@ -1,0 +1,95 @@
+"""Unlearn a model: push what a tuned lens reads off its target layers towards uniform on forget text, hold it to its
+original on retain text, then evaluate and export it.
+
+One process:   python train.py --optimizer muon
+Four GPUs:     torchrun --nproc_per_node 4 train.py --optimizer muon
+LoRA:          torchrun --nproc_per_node 4 train.py --lora-rank 16
+All flags:     python train.py --help
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from unlearn.config import TrainConfig, parse_flags
+from unlearn.errors import run_command
+
+if TYPE_CHECKING:
+    from evals.evaluation import Evaluation
+    from unlearn.metrics import MetricsLog
+    from unlearn.unlearning import Unlearning
+
+
+def main() -> None:
+    config = parse_flags(TrainConfig)
+    from unlearn.distributed import process_group  # torch is imported after the flags were found to be right
+
+    with process_group() as device:
+        from unlearn.run_folder import check_output
+        from unlearn.unlearning import build
+
+        folder = check_output(str(config.output), config.overwrite)
+        run = build(config, device)
+        unlearn(run, folder, _prepare(config, run))
+
+
+def unlearn(run: "Unlearning", folder: Path, evaluation: "Evaluation | None") -> None:
+    """Train, export, evaluate what was exported."""
+    from unlearn.distributed import is_main
+    from unlearn.metrics import MetricsLog
+    from unlearn.optim.build import linear_schedule
+    from unlearn.run_folder import open_run
+    from unlearn.trainer import train
+    from unlearn.unlearning import describe, finish
+
+    config = run.config
+    if is_main():
+        print(describe(run), flush=True)
+    open_run(folder, dataclasses.asdict(config))
+    with MetricsLog(folder / "metrics.jsonl", run.steps, "unlearning") as log:
+        train(
+            run.model,
+            run.objective,
+            run.optimizers,
+            steps=run.steps,
+            schedule=linear_schedule(run.steps, config.warmup_ratio),
+            log=log,
+            clip=config.clip,
+            log_every=config.log_every,
+            evaluate=lambda step: _evaluate(run, evaluation, folder, step, log),
+            eval_every=config.eval_every,
+        )
+        finish(run, folder)
+        _evaluate(run, evaluation, folder, run.steps, log)
+    if is_main():
+        print(f"unlearned model: {folder / 'model'}")
+
+
+def _prepare(config: TrainConfig, run: "Unlearning") -> "Evaluation | None":
+    """Read the questions before the first step, so that a wrong task name costs no training."""
+    if not config.eval_tasks:
+        return None
+    from evals.evaluation import Evaluation
+
+    return Evaluation(
+        run.tokenizer,
+        tasks=config.eval_tasks,
+        data_dir=config.data_dir,
+        include_path=config.include_path,
+        limit=config.limit,
+    )
+
+
+def _evaluate(run: "Unlearning", evaluation: "Evaluation | None", folder: Path, step: int, log: "MetricsLog") -> None:
+    """Measure the live model; write evals/step-N.json and a line of the log."""
+    if evaluation is None:
+        return
+    from evals.summary import write_summary
+
+    with run.autocast():
+        result = evaluation.run(run.model, name=f"{run.config.model} after {step} steps")
+    log.write({"step": step} | write_summary(result, folder / "evals" / f"step-{step:06d}.json"))
+
+
+if __name__ == "__main__":
+    run_command("train.py", main)

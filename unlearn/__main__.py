@@ -1,0 +1,46 @@
+"""python -m unlearn COMMAND: the tools around `train.py`."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from unlearn.errors import run_command
+from unlearn.fit_config import FitLensConfig
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """Write the embedded world: a tiny model, its corpora and its questions, all invented and harmless."""
+
+    output: str
+    """New folder: model/, corpora/, data/."""
+    seed: int = 0
+    """Of the option orders of the questions and the order of the corpora."""
+    overwrite: bool = False
+    """Replace an earlier world in --output."""
+    train: bool = False
+    """Train the tiny model anew instead of copying the weights that come with the package (minutes on one core)."""
+
+
+Command = (
+    Annotated[FitLensConfig, tyro.conf.subcommand("fit-lens")] | Annotated[WorldConfig, tyro.conf.subcommand("world")]
+)
+
+
+def main() -> None:
+    from unlearn.config import parse_flags
+
+    command: FitLensConfig | WorldConfig = parse_flags(Command)  # type: ignore[arg-type]
+    if isinstance(command, FitLensConfig):
+        from unlearn.fit_lens import fit_lens
+
+        fit_lens(command)
+    else:
+        from unlearn.world.build import write_world
+
+        write_world(command.output, seed=command.seed, overwrite=command.overwrite, train=command.train)
+
+
+if __name__ == "__main__":
+    run_command("python -m unlearn", main)

@@ -1,0 +1,145 @@
+"""Ranks, the process group's lifetime, and the few collectives that everybody uses.
+
+Everything here also works without torchrun: one process is rank 0 of 1, and every collective is then a no-op.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from unlearn.errors import UserError
+
+TIMEOUT = timedelta(minutes=30)  # a stopped rank makes the others fail after this, instead of hanging for ever
+
+
+def rank() -> int:
+    """This process's rank, 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of ranks, 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return rank() == 0
+
+
+def local_device() -> torch.device:
+    """The device of this rank: its own GPU where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+@contextmanager
+def process_group() -> Iterator[torch.device]:
+    """Join torchrun's process group for the length of the block (NCCL on CUDA, gloo on CPU); yield this rank's device.
+
+    Outside torchrun nothing is joined. The group is left when the block ends, whatever ended it.
+    """
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    joined = "RANK" in os.environ and not dist.is_initialized()
+    if joined:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    try:
+        yield device
+    finally:
+        if joined and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """Sum `tensor` over all ranks in place, and return it."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_true(condition: bool, device: torch.device) -> bool:
+    """Whether `condition` holds on every rank."""
+    failures = torch.tensor(0.0 if condition else 1.0, device=device)
+    return all_sum(failures).item() == 0.0
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Let one rank of each node run the block before the others do: what it puts into a cache, they read.
+
+    If it fails there, the others still try, and fail in the same way, instead of waiting for ever.
+    """
+    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    if not first:
+        barrier()
+    try:
+        yield
+    finally:
+        if first:
+            barrier()
+
+
+def sum_gradients(parameters: Iterable[torch.nn.Parameter], bucket_bytes: int = 32 << 20) -> None:
+    """Sum the gradients of replicated parameters over all ranks in place, in flat buckets of about `bucket_bytes`.
+
+    Every rank must pass the same parameters in the same order. A parameter without a gradient on this rank counts as
+    zero (a rank may have had no rows in a short batch). Sums, not means: each rank's loss is already divided by the
+    token count of the whole global batch.
+    """
+    if world_size() == 1:
+        return
+    bucket: list[torch.nn.Parameter] = []
+    size = 0
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if bucket and (size >= bucket_bytes or bucket[0].dtype != parameter.dtype):
+            _sum_bucket(bucket)
+            bucket, size = [], 0
+        bucket.append(parameter)
+        size += parameter.numel() * parameter.element_size()
+    if bucket:
+        _sum_bucket(bucket)
+
+
+def _sum_bucket(bucket: list[torch.nn.Parameter]) -> None:
+    gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
+    flat = all_sum(torch.cat([gradient.flatten() for gradient in gradients]))
+    for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(piece.view_as(gradient))
+
+
+@contextmanager
+def fail_together() -> Iterator[None]:
+    """Let a failure inside the block on any rank fail every rank, with the same sentence, instead of hanging the rest.
+
+    Raises:
+        UserError: the first failing rank's, on every rank.
+    """
+    sentence = None
+    try:
+        yield
+    except UserError as error:
+        sentence = str(error)
+    sentences: list[str | None] = [sentence]
+    if world_size() > 1:
+        sentences = [None] * world_size()
+        dist.all_gather_object(sentences, sentence)
+    for found in sentences:
+        if found is not None:
+            raise UserError(found)

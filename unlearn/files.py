@@ -1,0 +1,99 @@
+"""Files and folders: where something is read from, and how it is written whole or not at all."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from unlearn.errors import UserError
+
+
+def local_folder(path: str, what: str, needed: str) -> str:
+    """`path` unchanged if it is a folder that holds `needed`, or looks like a hub name; `UserError` otherwise."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / needed).is_file():
+            raise UserError(f"expected {needed} in the {what} folder {path}; found none: check the path")
+        return str(folder)
+    if folder.exists():
+        raise UserError(f"expected a {what} folder; found the file {path}: give the folder that holds {needed}")
+    if not is_hub_name(path):
+        raise UserError(f"expected a {what} folder or a hub name OWNER/NAME; found nothing at {path}: check the path")
+    return path
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether `path` has the form of a hub name: NAME or OWNER/NAME."""
+    return not path.startswith((".", "/", "~")) and path.count("/") <= 1 and not path.endswith("/") and path != ""
+
+
+def hub_error(path: str, what: str, error: Exception) -> UserError:
+    """One sentence for a `what` that could not be read from `path`, a folder or a hub name."""
+    if Path(path).expanduser().exists():
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return UserError(f"expected a readable {what} in {path}; found {reason!r}: the files are damaged or incomplete")
+    return UserError(
+        f"expected the {what} {path!r} as a local folder or on the Hugging Face hub; found neither: "
+        f"where there is network run `hf download {path}` (log in first if it is gated), or give a local path"
+    )
+
+
+@contextmanager
+def atomic_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling of `folder` to write into; rename it to `folder` when the block succeeds.
+
+    Whatever ends the block early, nothing new is left under either name. The final name must be free, unless `replace`
+    is set: what bears it is then removed just before the renaming.
+
+    Raises:
+        UserError: the disk is full or the place is not writable.
+    """
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with writing(folder):
+            temporary.mkdir(parents=True)
+            yield temporary
+            _sync(temporary)
+            if replace and folder.exists():
+                shutil.rmtree(folder)
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON to a temporary name and rename it to `path`; NaN and infinity are refused."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with writing(path):
+            temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusal to write `path` into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise
+        raise UserError(
+            f"expected to write {path}; found {os.strerror(error.errno)!r}: free some space or choose another place"
+        ) from error
+
+
+def _sync(folder: Path) -> None:
+    """Flush every file of `folder` to disk, so that a rename never uncovers an empty file."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)

@@ -1,0 +1,167 @@
+"""Train a tuned lens: per layer, minimise KL(model's final distribution || lens's) on forget and retain text.
+
+Belrose et al. 2023, https://arxiv.org/abs/2303.08112. Only the translators are trained; norm and unembedding are the
+model's. A tenth of the windows is held out: KL and top-1 agreement on it are reported beside the plain logit lens.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from unlearn.data import Batches, Corpus, Rows, read_corpus
+from unlearn.distributed import all_sum, fail_together, is_main, process_group
+from unlearn.errors import UserError
+from unlearn.files import atomic_folder, write_json
+from unlearn.fit_config import FitLensConfig
+from unlearn.lens import TunedLens
+from unlearn.losses import kl_divergence, logits_of
+from unlearn.metrics import MetricsLog
+from unlearn.model import load_model, load_tokenizer, residual_streams
+from unlearn.optim.build import BETAS, EPS, linear_schedule
+from unlearn.precision import DTYPES
+from unlearn.trainer import train
+
+
+@dataclass(frozen=True)
+class FitObjective:
+    """Sum over layers of the mean over tokens of KL(final || lens), in nats, for one global batch."""
+
+    model: PreTrainedModel
+    lens: TunedLens
+    batches: Batches
+    micro_batch: int
+
+    def settings(self, step: int) -> dict[str, float]:
+        """Nothing that changes over a run."""
+        return {}
+
+    def backward(self, step: int) -> Mapping[str, Tensor | float]:
+        """Add this rank's gradients of the translators; return its share of each layer's KL."""
+        device = self.lens.unembedding.device
+        metrics = {f"kl/{layer}": torch.zeros((), device=device) for layer in range(self.lens.depth)}
+        total, count = self.batches.tokens(step), torch.zeros((), device=device)
+        for rows in self.batches.micro_batches(step, self.micro_batch, device):
+            streams, final = read_streams(self.model, self.lens, rows)
+            weights = torch.full(final.shape[:1], 1.0 / total, device=device)
+            count = count + rows.mask.sum()
+            for layer in range(self.lens.depth):
+                loss = layer_kl(self.lens, streams[layer], layer, final, weights)[0]
+                loss.backward()
+                metrics[f"kl/{layer}"] = metrics[f"kl/{layer}"] + loss.detach()
+        return {"tokens": count, "loss": sum(metrics.values(), torch.zeros((), device=device)), **metrics}
+
+
+@torch.no_grad()
+def read_streams(model: PreTrainedModel, lens: TunedLens, rows: Rows) -> tuple[dict[int, Tensor], Tensor]:
+    """The streams h[0..L-1] of the real tokens, {l: [N, D]}, and the model's final normalised hidden state [N, D]."""
+    streams = residual_streams(model, rows.input_ids, range(lens.depth + 1))
+    kept = {layer: stream[rows.mask] for layer, stream in streams.items()}
+    return kept, lens.hidden(kept.pop(lens.depth), lens.depth)
+
+
+def layer_kl(lens: TunedLens, stream: Tensor, layer: int, final: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted sum [] and per token [N] of KL(final || lens at `layer`), in nats."""
+    matrix = lens.unembedding
+    return kl_divergence(lens.hidden(stream, layer), matrix, final, matrix, weights, softcap=lens.softcap)
+
+
+@torch.no_grad()
+def measure(model: PreTrainedModel, lens: TunedLens, batches: Batches, micro_batch: int) -> list[dict[str, float]]:
+    """Mean KL (nats) and top-1 agreement with the model's final distribution, for each layer, over all `batches`."""
+    device = lens.unembedding.device
+    sums = torch.zeros(lens.depth, 3, dtype=torch.float64, device=device)
+    for step in range(batches.steps):
+        for rows in batches.micro_batches(step, micro_batch, device):
+            streams, final = read_streams(model, lens, rows)
+            ones = torch.ones(final.shape[0], device=device)
+            top = _top(final, lens)
+            for layer in range(lens.depth):
+                divergence = layer_kl(lens, streams[layer], layer, final, ones)[0]
+                agreed = (_top(lens.hidden(streams[layer], layer), lens) == top).sum()
+                sums[layer] += torch.stack([divergence.double(), agreed.double(), ones.sum().double()])
+    return [{"kl": kl / n, "top1": agreed / n} for kl, agreed, n in all_sum(sums).tolist()]
+
+
+def _top(hidden: Tensor, lens: TunedLens, chunk: int = 1024) -> Tensor:
+    """The likeliest token of each hidden state, int64 [N]."""
+    return torch.cat([logits_of(part, lens.unembedding).argmax(dim=-1) for part in hidden.split(chunk)])
+
+
+def fit_lens(config: FitLensConfig) -> None:
+    """Train a lens as the flags say, report it, and write it.
+
+    Raises:
+        UserError: see `read_corpus` and `load_model`; or the output exists.
+    """
+    output = Path(config.output).expanduser()
+    if output.exists() and not config.overwrite:
+        raise UserError(f"expected a new folder for --output; found {output}: choose another, or give --overwrite")
+    with process_group() as device:
+        tokenizer = load_tokenizer(config.model, revision=config.revision)
+        sources = (config.forget, config.forget_column), (config.retain, config.retain_column)
+        corpora = [read_corpus(name, tokenizer, seq_len=config.seq_len, column=column) for name, column in sources]
+        training, held_out = _split(config, corpora)
+        model = load_model(config.model, revision=config.revision, dtype=DTYPES[config.dtype], device=device)
+        model.requires_grad_(False)
+        lens = TunedLens.identity(model).float()
+        plain = measure(model, lens, held_out, config.micro_batch)
+        _train(config, model, lens, training)
+        _close(config, output, lens.to(DTYPES[config.dtype]), plain, measure(model, lens, held_out, config.micro_batch))
+
+
+def _split(config: FitLensConfig, corpora: list[Corpus]) -> tuple[Batches, Batches]:
+    """Training and held-out batches over both corpora together; every tenth window, at most 256, is held out."""
+    windows = [window for corpus in corpora for window in corpus.windows]
+    name, documents = " and ".join(corpus.name for corpus in corpora), sum(corpus.documents for corpus in corpora)
+    if len(windows) < 2:
+        raise UserError(f"expected two windows or more in {name}; found {len(windows)}: use larger corpora")
+    count = max(1, min(256, len(windows) // 10))
+    stride = len(windows) // count
+    held = windows[::stride][:count]
+    taken = set(range(0, len(windows), stride)[:count])
+    kept = [window for index, window in enumerate(windows) if index not in taken]
+    total = config.steps * config.batch
+    shared = {"batch": config.batch, "seed": config.seed}
+    return (
+        Batches(Corpus(name, documents, kept), examples=len(kept), total=total, tag="lens", **shared),
+        Batches(Corpus(name, documents, held), examples=count, total=count, tag="held-out", **shared),
+    )
+
+
+def _train(config: FitLensConfig, model: PreTrainedModel, lens: TunedLens, batches: Batches) -> None:
+    lens.translators.requires_grad_(True)
+    optimizer = torch.optim.AdamW(lens.translators.parameters(), lr=config.lr, betas=BETAS, eps=EPS, weight_decay=0.0)
+    with MetricsLog(None, config.steps, "fitting the lens") as log:
+        train(
+            lens.translators,
+            FitObjective(model, lens, batches, config.micro_batch),
+            {"adamw": optimizer},
+            steps=config.steps,
+            schedule=linear_schedule(config.steps, warmup_ratio=0.05),
+            log=log,
+            clip=1.0,
+        )
+    lens.requires_grad_(False)
+
+
+def _close(
+    config: FitLensConfig, output: Path, lens: TunedLens, plain: list[dict[str, float]], tuned: list[dict[str, float]]
+) -> None:
+    """Print the table and write the lens with its report, fit.json."""
+    report: dict[str, Any] = {"config": dataclasses.asdict(config), "logit_lens": plain, "tuned_lens": tuned}
+    with fail_together():
+        if not is_main():
+            return
+        print("held out   KL (nats)            top-1 agreement\nlayer      logit lens    tuned  logit lens    tuned")
+        for layer, (before, after) in enumerate(zip(plain, tuned, strict=True)):
+            print(f"{layer:5d} {before['kl']:15.3f} {after['kl']:8.3f} {before['top1']:11.3f} {after['top1']:8.3f}")
+        with atomic_folder(output, replace=config.overwrite) as temporary:
+            lens.save(temporary)
+            write_json(temporary / "fit.json", report)
+        print(f"tuned lens: {output}")

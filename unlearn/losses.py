@@ -1,0 +1,212 @@
+"""Vocabulary-sized losses, a chunk of tokens at a time.
+
+Shapes: N tokens, D hidden size, V vocabulary. Every function takes the *normalised* hidden states [N, D] of the tokens
+that count (no padding) and an unembedding matrix U [V, D], and returns one float32 loss a token [N], in nats unless
+said otherwise. Logits are z = U h, soft-capped as c tanh(z / c) where a model does so; they exist for one chunk only.
+
+A chunk's logits are needed once: the loss and its gradient are computed together in the forward pass, and backward
+only scales what was stored. Memory is one [chunk, V] float32 buffer, not [N, V].
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 1024  # tokens; 1,024 x 50,304 float32 logits are 0.2 GiB
+
+
+def logits_of(hidden: Tensor, unembedding: Tensor, softcap: float | None = None) -> Tensor:
+    """Float32 logits [N, V] of hidden states [N, D]; the product runs in the unembedding's dtype."""
+    logits = (hidden.to(unembedding.dtype) @ unembedding.T).float()
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+class _Uniform(torch.autograd.Function):
+    """Uniform cross-entropy and entropy of each token, with the gradient kept for backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, unembedding: Tensor, chunk: int, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        vocabulary = unembedding.shape[0]
+        scale = 1.0 / math.log(vocabulary)
+        loss = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+        entropy = torch.empty_like(loss)
+        gradient = torch.empty_like(hidden) if hidden.requires_grad else None
+        for start in range(0, hidden.shape[0], chunk):
+            part = slice(start, start + chunk)
+            logits = logits_of(hidden[part], unembedding, softcap)
+            log_normaliser = torch.logsumexp(logits, dim=-1)
+            loss[part] = (log_normaliser - logits.mean(dim=-1)) * scale
+            probabilities = torch.softmax(logits, dim=-1)
+            entropy[part] = log_normaliser - torch.linalg.vecdot(probabilities, logits)
+            if gradient is None:
+                continue
+            logits_gradient = probabilities.sub_(1.0 / vocabulary).mul_(scale)  # (softmax(z) - 1/V) / ln V
+            if softcap is not None:
+                logits_gradient *= 1.0 - (logits / softcap).square()
+            gradient[part] = logits_gradient.to(unembedding.dtype) @ unembedding
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(entropy)
+        return loss, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (upstream[0][:, None] * gradient).to(gradient.dtype), None, None, None
+
+
+def uniform_per_token(
+    hidden: Tensor, unembedding: Tensor, *, chunk: int = CHUNK, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """The forget loss of each token and the entropy of its distribution.
+
+    The loss is (logsumexp_v z - mean_v z) / ln V: the expected cross-entropy against a uniformly drawn token, over its
+    floor ln V, so 1.0 means a uniform prediction. Its gradient with respect to z is (softmax(z) - 1/V) / ln V.
+
+    Args:
+        hidden: [N, D], normalised; the loss is differentiable in it.
+        unembedding: [V, D], frozen.
+        chunk: tokens whose logits exist at once; has no effect on the result beyond rounding.
+
+    Returns:
+        loss [N] (ratio to ln V, differentiable) and entropy [N] (nats, not differentiable), both float32.
+    """
+    return _Uniform.apply(hidden, unembedding.detach(), chunk, softcap)
+
+
+def uniform_cross_entropy(
+    hidden: Tensor, unembedding: Tensor, *, chunk: int = CHUNK, softcap: float | None = None
+) -> Tensor:
+    """Mean over tokens of (logsumexp_v z - mean_v z) / ln V, float32 []; differentiable in `hidden` [.., D].
+
+    Raises:
+        ValueError: there is no token to take a mean over.
+    """
+    if hidden.numel() == 0:
+        raise ValueError(f"expected at least one token; found hidden states of shape {tuple(hidden.shape)}")
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return uniform_per_token(flat, unembedding, chunk=chunk, softcap=softcap)[0].mean()
+
+
+ChunkLoss = Callable[[Tensor, slice], Tensor]  # (float32 logits [n, V], which tokens) -> loss [n]
+
+
+class _Chunked(torch.autograd.Function):
+    """Any per-token loss of the logits, chunk by chunk, differentiable in the hidden states and the unembedding."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        unembedding: Tensor,
+        weights: Tensor,
+        chunk_loss: ChunkLoss,
+        chunk: int,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        loss = hidden.new_zeros(hidden.shape[0], dtype=torch.float32)
+        wanted = (hidden.requires_grad, unembedding.requires_grad)
+        hidden_gradient = torch.empty_like(hidden) if wanted[0] else None
+        matrix_gradient = torch.zeros_like(unembedding, dtype=torch.float32) if wanted[1] else None
+        matrix = unembedding.detach().requires_grad_(wanted[1])
+        for start in range(0, hidden.shape[0], chunk):
+            part = slice(start, start + chunk)
+            with torch.enable_grad():
+                piece = hidden[part].detach().requires_grad_(wanted[0])
+                losses = chunk_loss(logits_of(piece, matrix, softcap), part)
+            loss[part] = losses.detach()
+            leaves = [leaf for leaf in (piece, matrix) if leaf.requires_grad]
+            if not leaves:
+                continue
+            gradients = list(torch.autograd.grad(losses, leaves, grad_outputs=weights[part]))
+            if hidden_gradient is not None:
+                hidden_gradient[part] = gradients.pop(0)
+            if matrix_gradient is not None:
+                matrix_gradient += gradients.pop(0)
+        ctx.save_for_backward(hidden_gradient, matrix_gradient)
+        ctx.matrix_dtype = unembedding.dtype
+        ctx.mark_non_differentiable(loss)
+        return torch.dot(loss, weights), loss
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_gradient, matrix_gradient = ctx.saved_tensors
+        scale = upstream[0]
+        return (
+            None if hidden_gradient is None else (scale * hidden_gradient).to(hidden_gradient.dtype),
+            None if matrix_gradient is None else (scale * matrix_gradient).to(ctx.matrix_dtype),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _chunked(
+    hidden: Tensor, unembedding: Tensor, weights: Tensor, chunk_loss: ChunkLoss, chunk: int, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    return _Chunked.apply(hidden, unembedding, weights.float(), chunk_loss, chunk, softcap)
+
+
+def next_token(
+    hidden: Tensor,
+    unembedding: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    *,
+    chunk: int = CHUNK,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy against given tokens.
+
+    Args:
+        hidden: [N, D], normalised. unembedding: [V, D]. Differentiable in both.
+        targets: int64 [N]. weights: [N], what each token counts for in the sum.
+
+    Returns:
+        the weighted sum [] (differentiable) and the loss of each token [N] in nats (not differentiable), float32.
+    """
+
+    def chunk_loss(logits: Tensor, part: slice) -> Tensor:
+        return torch.nn.functional.cross_entropy(logits, targets[part], reduction="none")
+
+    return _chunked(hidden, unembedding, weights, chunk_loss, chunk, softcap)
+
+
+def kl_divergence(
+    hidden: Tensor,
+    unembedding: Tensor,
+    reference_hidden: Tensor,
+    reference_unembedding: Tensor,
+    weights: Tensor,
+    *,
+    chunk: int = CHUNK,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """KL(p_ref || p) of each token, where p_ref is the softmax of the reference's logits.
+
+    Args:
+        hidden, unembedding: [N, D] and [V, D] of the trained model; differentiable in both.
+        reference_hidden, reference_unembedding: the same of the frozen original.
+        weights: [N], what each token counts for in the sum.
+
+    Returns:
+        the weighted sum [] (differentiable) and the divergence of each token [N] in nats, both float32.
+    """
+
+    def chunk_loss(logits: Tensor, part: slice) -> Tensor:
+        reference = torch.log_softmax(logits_of(reference_hidden[part], reference_unembedding, softcap), dim=-1)
+        reference = reference.detach()
+        difference = reference - torch.log_softmax(logits, dim=-1)
+        return (reference.exp() * difference).sum(dim=-1)
+
+    return _chunked(hidden, unembedding, weights, chunk_loss, chunk, softcap)
+
+
+def l2_distance(hidden: Tensor, reference: Tensor) -> Tensor:
+    """||h - h_ref||_2 of each token, float32 [N], of residual streams [N, D]; the gradient at distance 0 is 0."""
+    return torch.linalg.vector_norm(hidden.float() - reference.float(), dim=-1)

@@ -1,0 +1,47 @@
+"""What a run says while it works: one JSON line a step, and a progress bar on rank 0."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from tqdm import tqdm
+
+from unlearn.distributed import is_main
+from unlearn.files import writing
+
+
+class MetricsLog:
+    """A context that appends JSON lines to a file and moves a progress bar; silent on ranks other than 0.
+
+    Args:
+        path: the JSONL file, or None for no file.
+        steps: length of the bar. title: what stands before it.
+    """
+
+    def __init__(self, path: Path | None, steps: int, title: str):
+        self._path, self._start = path if is_main() else None, time.monotonic()
+        self._bar = tqdm(total=steps, desc=title, unit="step", disable=not is_main(), dynamic_ncols=True)
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def advance(self) -> None:
+        """One step is done."""
+        self._bar.update()
+
+    def write(self, values: Mapping[str, float | int | str], shown: tuple[str, ...] = ()) -> None:
+        """Append one line with `seconds` since the start added; show the keys in `shown` beside the bar."""
+        if not is_main():
+            return
+        self._bar.set_postfix({key: f"{values[key]:.3g}" for key in shown if key in values}, refresh=False)
+        if self._path is not None:
+            line = dict(values) | {"seconds": round(time.monotonic() - self._start, 3)}
+            with writing(self._path), self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")

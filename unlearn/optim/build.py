@@ -1,0 +1,106 @@
+"""Who gets Muon and who AdamW, and how learning rates move over a run.
+
+A parameter's *role* decides, never its size: matrices inside the blocks and LoRA's A and B are Muon's; embeddings,
+unembedding, norms and biases are AdamW's.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from unlearn.errors import UserError
+from unlearn.model import blocks_prefix
+from unlearn.optim.muon import Muon
+
+BETAS, EPS = (0.9, 0.95), 1e-8
+
+Schedule = Callable[[int], float]  # optimizer step -> factor of every peak learning rate
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Trainable parameters by role, with their names."""
+
+    matrices: dict[str, nn.Parameter]
+    embeddings: dict[str, nn.Parameter]
+    vectors: dict[str, nn.Parameter]
+
+
+def roles(model: PreTrainedModel) -> Roles:
+    """Sort the trainable parameters: matrices inside the blocks; matrices outside; norms and biases."""
+    found = Roles({}, {}, {})
+    prefix = blocks_prefix(model)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim < 2:
+            found.vectors[name] = parameter
+        elif name.startswith(prefix):
+            found.matrices[name] = parameter
+        else:
+            found.embeddings[name] = parameter
+    return found
+
+
+def build_optimizers(
+    model: PreTrainedModel,
+    *,
+    optimizer: str,
+    adam_lr: float | None,
+    muon_lr: float | None = None,
+    momentum: float | None = None,
+    weight_decay: float = 0.01,
+) -> dict[str, torch.optim.Optimizer]:
+    """The optimizers of a run: {"adamw": ..} or {"muon": .., "adamw": ..}, without one that would get no parameter.
+
+    Weight decay is for matrices and embeddings; norms and biases are left alone.
+
+    Raises:
+        UserError: nothing is trainable, or Muon was asked for and no matrix is.
+    """
+    parts = roles(model)
+    built: dict[str, torch.optim.Optimizer] = {}
+    decayed = list(parts.embeddings.values())
+    if optimizer == "muon":
+        if not parts.matrices:
+            raise UserError("expected matrices inside the blocks for Muon; found none trainable: use --optimizer adamw")
+        assert muon_lr is not None and momentum is not None
+        matrices = list(parts.matrices.values())
+        built["muon"] = Muon(matrices, lr=muon_lr, momentum=momentum, weight_decay=weight_decay)
+    else:
+        decayed = [*parts.matrices.values(), *decayed]
+    groups = [(decayed, weight_decay), (list(parts.vectors.values()), 0.0)]
+    filled = [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
+    if filled:
+        assert adam_lr is not None
+        fused = next(iter(filled[0]["params"])).device.type == "cuda"  # type: ignore[call-overload]
+        built["adamw"] = torch.optim.AdamW(filled, lr=adam_lr, betas=BETAS, eps=EPS, fused=fused)
+    if not built:
+        raise UserError("expected trainable parameters; found none: give --lora-rank or train in full")
+    return built
+
+
+def linear_schedule(steps: int, warmup_ratio: float = 0.0, decay_ratio: float | None = None) -> Schedule:
+    """Linear rise to 1, then linear fall towards 0, which the step after the last one would reach.
+
+    Args:
+        warmup_ratio: share of the steps that rise.
+        decay_ratio: share of the steps that fall, at the end; by default all that do not rise.
+    """
+    rising = round(steps * warmup_ratio)
+    falling = steps - rising if decay_ratio is None else round(steps * decay_ratio)
+
+    def factor(step: int) -> float:
+        return min(1.0, (step + 1) / rising if step < rising else 1.0, (steps - step) / max(1, falling))
+
+    return factor
+
+
+def set_learning_rates(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> None:
+    """Set each parameter group's learning rate to its peak times `factor`."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor

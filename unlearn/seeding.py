@@ -1,0 +1,50 @@
+"""Randomness that depends on what is computed, never on which rank computes it.
+
+Two kinds: seeds derived from a few words and numbers (permutations, initial weights), and counter-based random bits,
+a hash of (row key, position, feature), which are the same wherever a row is computed and however it is padded.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+# Multipliers of the 32-bit finaliser "lowbias32", https://nullprogram.com/blog/2018/07/31/
+_MULTIPLY_1 = 0x7FEB352D
+_MULTIPLY_2 = 0x846CA68B - (1 << 32)
+_GOLDEN = 0x9E3779B9 - (1 << 32)
+
+
+def derive(*parts: int | str) -> int:
+    """A seed in 0..2**31-1 from words and numbers, e.g. `derive(seed, "order", epoch)`; the same on every machine."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") & 0x7FFFFFFF
+
+
+def generator(*parts: int | str) -> torch.Generator:
+    """A CPU generator seeded with `derive(*parts)`."""
+    return torch.Generator().manual_seed(derive(*parts))
+
+
+def random_bits(keys: Tensor, positions: int, features: int = 1) -> Tensor:
+    """Independent 31-bit integers for every (row, position, feature).
+
+    Args:
+        keys: int64 [B], one key a row, in 0..2**31-1.
+        positions, features: S and F.
+
+    Returns:
+        int32 [B, S, F], uniform in 0..2**31-1. Value [b, s, f] depends on keys[b], s and f alone.
+    """
+    device = keys.device
+    position = torch.arange(positions, dtype=torch.int32, device=device)
+    feature = torch.arange(features, dtype=torch.int32, device=device)
+    rows = _mix(keys.to(torch.int32)[:, None] ^ _mix(position * _GOLDEN + 1)[None, :])  # [B, S]
+    return _mix(rows[:, :, None] ^ _mix(feature * _GOLDEN + 2)[None, None, :]) & 0x7FFFFFFF
+
+
+def _mix(bits: Tensor) -> Tensor:
+    """Hash int32 values in wrapping arithmetic (arithmetic shifts are masked to logical ones)."""
+    bits = (bits ^ ((bits >> 16) & 0xFFFF)) * _MULTIPLY_1
+    bits = (bits ^ ((bits >> 15) & 0x1FFFF)) * _MULTIPLY_2
+    return bits ^ ((bits >> 16) & 0xFFFF)
