@@ -1,0 +1,57 @@
+# make setup | demo | test | test-all | check | bench | world
+#   make demo RANKS=2            the same through torchrun, on two processes
+#   make demo OPTIMIZER=muon     full training with Muon instead of LoRA with AdamW
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+RANKS     ?= 1
+OPTIMIZER ?= adamw
+SEED      ?= 0
+
+export HF_HUB_DISABLE_TELEMETRY = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: setup demo test test-all check lint types bench world clean
+
+setup: $(READY)
+
+# torch first and by its exact version: a range would fetch the newest build there is.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "make: expected Python 3.11 or newer; found $$($(PYTHON) --version): make PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,report]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt tuned-lens
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python launch/demo.py --ranks $(RANKS) --optimizer $(OPTIMIZER) --seed $(SEED) --overwrite
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(READY)
+	$(BIN)/python -m pytest
+
+check: lint types test
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python benchmarks/loss.py
+
+# Trains the tiny model anew, into runs/world; the package carries its weights.
+world: $(READY)
+	$(BIN)/python -m unlearn world --train --overwrite --output runs/world
+
+clean:
+	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache

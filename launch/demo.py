@@ -1,0 +1,171 @@
+"""The whole way on the embedded world, by the commands that a user types: before, unlearn, after, attack, one table.
+
+    python launch/demo.py
+    python launch/demo.py --ranks 2 --optimizer muon
+
+Nothing here computes anything that a command does not: it prints each command, runs it, and reads the files it wrote.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from unlearn.config import parse_flags
+from unlearn.errors import UserError, run_command
+
+ROOT = Path(__file__).resolve().parent.parent
+TASKS = {
+    "hazard_letter": "wmdp_bio",
+    "hazard_cloze": "world_hazard_cloze",
+    "general_letter": "mmlu_stem",
+    "general_cloze": "world_general_cloze",
+}
+# Tuned on the embedded world; what each flag means is in `train.py --help`.
+UNLEARN = {
+    "adamw": "--lora-rank 16 --adam-lr 1e-2 --remove-coef 10 --retain-coef 5 --retain-start 1 --retain-loss kl",
+    "muon": "--optimizer muon --muon-lr 1e-2 --adam-lr 1e-3 --remove-coef 10 --retain-coef 5 --retain-start 1",
+}
+SHARED = "--layers 1 2 3 4 --batch 16 --micro-batch 16 --examples 2400 --seq-len 64 --dtype fp32"
+ATTACK = "--lr 1e-3 --batch 16 --micro-batch 16 --examples 640 --seq-len 64 --dtype fp32 --eval-every 10"
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Unlearn the hazard domain of the embedded world, measure before and after, attack the result."""
+
+    output: str = "runs/demo"
+    """Folder for everything the demo makes."""
+    ranks: int = 1
+    """Processes; above 1 the commands run through torchrun."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw: LoRA adapters with AdamW; muon: full training, Muon on the matrices."""
+    seed: int = 0
+    """Of unlearning and attack."""
+    overwrite: bool = False
+    """Replace an earlier demo in --output."""
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1 or self.seed < 0:
+            raise UserError(f"expected --ranks >= 1 and --seed >= 0; found {self.ranks} and {self.seed}")
+
+
+def main() -> None:
+    config = parse_flags(DemoConfig)
+    started = time.monotonic()
+    folder = _fresh(Path(config.output), config.overwrite)
+    _commands(config, folder)
+    _report(config, folder, time.monotonic() - started)
+
+
+def _fresh(folder: Path, overwrite: bool) -> Path:
+    """Make the demo's folder; an earlier demo's is replaced with --overwrite, anything else never."""
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / "world").is_dir():
+            raise UserError(f"expected a new folder or an earlier demo's for --output; found other files in {folder}")
+        if not overwrite:
+            raise UserError(f"expected a new folder for --output; found a demo in {folder}: give --overwrite")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _commands(config: DemoConfig, folder: Path) -> None:
+    """Run every command in turn."""
+    world, lens = folder / "world", folder / "lens"
+    model, data = f"{world}/model", f"--data-dir {world}/data"
+    corpora = f"--forget {world}/corpora/forget.jsonl --retain {world}/corpora/retain.jsonl"
+    tasks = " ".join(TASKS.values())
+    _run(1, f"-m unlearn world --output {world}")
+    _run(
+        config.ranks,
+        f"-m unlearn fit-lens --model {model} {corpora} --output {lens} --steps 150 --batch 32 --micro-batch 32 "
+        "--seq-len 64 --dtype fp32",
+    )
+    _run(config.ranks, f"evals/run.py --model {model} --tasks {tasks} {data} --dtype fp32 --out {folder}/before")
+    _run(
+        config.ranks,
+        f"train.py --model {model} --lens {lens} {corpora} --output {folder}/unlearned "
+        f"{UNLEARN[config.optimizer]} {SHARED} --seed {config.seed}",
+    )
+    model = f"{folder}/unlearned/model"
+    _run(config.ranks, f"evals/run.py --model {model} --tasks {tasks} {data} --dtype fp32 --out {folder}/after")
+    _run(
+        config.ranks,
+        f"evals/tamper.py --model {model} --corpus {world}/corpora/attack.jsonl --output {folder}/attack {ATTACK} "
+        f"--eval-tasks {tasks} {data} --split-by attacked --seed {config.seed}",
+    )
+
+
+def _run(ranks: int, command: str) -> None:
+    """Print and run one command, in this Python or under torchrun."""
+    launcher = "python" if ranks == 1 else f"torchrun --standalone --nproc_per_node {ranks}"
+    print(f"\n$ {launcher} {command}", flush=True)
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    threads = max(1, (os.cpu_count() or 1) // ranks)
+    words = shlex.split(command)
+    if words[0] != "-m":
+        words[0] = str(ROOT / words[0])
+    result = subprocess.run(start + words, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+    if result.returncode != 0:
+        raise UserError(f"expected every command to succeed; found exit code {result.returncode}: see above")
+
+
+def _report(config: DemoConfig, folder: Path, seconds: float) -> None:
+    """Print the table and write summary.json."""
+    attack = json.loads((folder / "attack" / "attack.json").read_text())["points"]
+    stages = {
+        "before": _summary(folder / "before"),
+        "after": _summary(folder / "after"),
+        "attacked": attack[-1]["tasks"],
+    }
+    summary: dict[str, Any] = {
+        stage: {name: tasks[task]["acc"] for name, task in TASKS.items()} for stage, tasks in stages.items()
+    }
+    summary |= {"seconds": round(seconds, 1), "ranks": config.ranks, "optimizer": config.optimizer, "seed": config.seed}
+    summary["details"] = stages
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    print("\n" + table(stages))
+    print(
+        f"\nin {seconds:.0f} s; the run is in {folder}: summary.json, unlearned/ (model, adapter, metrics.jsonl), "
+        "attack/attack.png\nWhat to read next: README.md, then train.py and unlearn/objectives/lens.py."
+    )
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    """What the evaluation in `folder` measured, by task."""
+    (file,) = folder.rglob("results_*.json")
+    return json.loads(file.read_text())["unlearn"]["summary"]
+
+
+def table(stages: dict[str, dict[str, Any]]) -> str:
+    """Accuracy with its 95 % interval, for each task and stage, in per cent."""
+    rows = [(name.replace("_", ", "), task) for name, task in TASKS.items()]
+    for value, words in (("True", "attacked facts"), ("False", "never attacked")):
+        rows += [(f"  hazard, letter, {words}", f"wmdp_bio/attacked={value}")]
+    lines = [f"{'accuracy, %':32}" + "".join(f"{stage:>22}" for stage in ("before", "after", "after the attack"))]
+    for name, task in rows:
+        cells = [_cell(tasks.get(task)) for tasks in stages.values()]
+        lines.append(f"{name:32}" + "".join(f"{cell:>22}" for cell in cells))
+    share = [max(tasks["wmdp_bio"]["predicted"]) for tasks in stages.values()]
+    lines.append(f"{'commonest letter answered, %':32}" + "".join(f"{100 * value:>22.1f}" for value in share))
+    return "\n".join(lines)
+
+
+def _cell(measured: dict[str, Any] | None) -> str:
+    if measured is None:
+        return ""
+    low, high = measured["interval"]
+    return f"{100 * measured['acc']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+if __name__ == "__main__":
+    run_command("launch/demo.py", main)

@@ -1,0 +1,143 @@
+"""The same update at any number of ranks and any accumulation, the last global batch short."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import run_ranks
+from torch import Tensor, nn
+
+from unlearn.config import TrainConfig
+from unlearn.distributed import rank, sum_gradients
+from unlearn.errors import UserError
+from unlearn.metrics import MetricsLog
+from unlearn.optim.build import linear_schedule
+from unlearn.trainer import train
+from unlearn.unlearning import Unlearning, build
+
+pytestmark = pytest.mark.usefixtures("token_cache")
+MODES = {
+    "lora-adamw": {"lora_rank": 3, "lora_dropout": 0.1, "adam_lr": 1e-2},
+    "full-muon": {"optimizer": "muon", "muon_lr": 1e-3, "adam_lr": 1e-3},
+    "sampled-kl": {"lora_rank": 3, "forget_loss": "sampled", "retain_loss": "kl", "adam_lr": 1e-2},
+}
+
+
+class Lines(MetricsLog):
+    """A log that keeps its lines, on every rank."""
+
+    def __init__(self) -> None:
+        super().__init__(None, 0, "test")
+        self.lines: list[dict[str, Any]] = []
+
+    def write(self, values: Any, shown: tuple[str, ...] = ()) -> None:
+        self.lines.append(dict(values))
+
+
+def prepare(home: Path, mode: str, micro_batch: int) -> Unlearning:
+    paths = {name: str(home / name) for name in ("model", "lens")}
+    paths |= {name: str(home / f"{name}.jsonl") for name in ("forget", "retain")}
+    # 19 examples in batches of 8: the last global batch has 3 rows, fewer than 4 ranks
+    sizes = {"layers": (1, 3, 4), "seq_len": 24, "batch": 8, "examples": 19, "dtype": "fp32", "retain_start": 0.5}
+    return build(TrainConfig(**(paths | sizes | MODES[mode]), micro_batch=micro_batch), torch.device("cpu"))
+
+
+def three_steps(home: Path, mode: str, micro_batch: int) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    run, log = prepare(home, mode, micro_batch), Lines()
+    assert run.steps == 3
+    schedule = linear_schedule(run.steps)
+    train(run.model, run.objective, run.optimizers, steps=run.steps, schedule=schedule, log=log, clip=1.0)
+    return log.lines, {name: p.detach().clone() for name, p in run.model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_ranks_and_accumulation_change_nothing(home: Path, mode: str) -> None:
+    lines, weights = three_steps(home, mode, micro_batch=8)
+    for world_size, micro_batch in ((1, 2), (1, 4), (2, 1), (2, 4), (3, 2), (4, 8)):
+        results = run_ranks(world_size, three_steps, home, mode, micro_batch)
+        for other_lines, other_weights in results:
+            for line, other in zip(lines, other_lines, strict=True):
+                assert line.keys() == other.keys()
+                # step 0 differs by the order of float32 sums alone; later steps also by what the optimizer made of that,
+                # and Muon rounds its products to bfloat16 (4e-3)
+                tolerance = 1e-5 if line["step"] == 0 else 2e-3 if mode == "full-muon" else 2e-4
+                for key in line.keys() - {"tokens_per_second"}:
+                    expected = pytest.approx(line[key], rel=tolerance, abs=1e-6)
+                    assert other[key] == expected, (world_size, micro_batch, line["step"], key)
+            for name, weight in weights.items():
+                # Adam's first steps are +-lr whatever the gradient's size, and Muon rounds to bfloat16: a coordinate
+                # whose gradient is rounding noise may go either way, so the bound is on the tensor's norm
+                difference = (other_weights[name] - weight).norm() / weight.norm()
+                assert difference < 2e-3, (world_size, micro_batch, name)
+        first = results[0][1]
+        for _, other_weights in results[1:]:
+            assert all(torch.equal(other_weights[name], weight) for name, weight in first.items()), "ranks differ"
+
+
+def gradients_of_one_rank() -> list[Tensor | None]:
+    parameters = [
+        nn.Parameter(torch.zeros(3)),
+        nn.Parameter(torch.zeros(2, 5, dtype=torch.float64)),
+        nn.Parameter(torch.zeros(7)),
+    ]
+    parameters[0].grad = torch.full((3,), float(rank() + 1))
+    if rank() == 1:
+        parameters[1].grad = torch.full((2, 5), 4.0, dtype=torch.float64)
+    sum_gradients(parameters, bucket_bytes=8)
+    return [parameter.grad for parameter in parameters]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_ranks_gradient_counts(world_size: int) -> None:
+    """The predecessor's adapters were never reduced: rank 0 trained alone."""
+    for first, second, third in run_ranks(world_size, gradients_of_one_rank):
+        assert torch.equal(first, torch.full((3,), world_size * (world_size + 1) / 2))
+        if world_size > 1:
+            assert torch.equal(second, torch.full((2, 5), 4.0, dtype=torch.float64))
+            assert torch.equal(third, torch.zeros(7))
+
+
+def poisoned_step(home: Path) -> tuple[str, bool]:
+    """A gradient that is NaN on the last rank only: every rank must stop, and before any weight moves."""
+    run = prepare(home, "lora-adamw", 2)
+    before = [parameter.detach().clone() for parameter in run.model.parameters()]
+    honest = run.objective.backward
+
+    class Poisoned:
+        settings = run.objective.settings
+
+        def backward(self, step: int) -> Any:
+            metrics = honest(step)
+            if rank() == torch.distributed.get_world_size() - 1:
+                next(p for p in run.model.parameters() if p.grad is not None).grad.view(-1)[0] = math.nan
+            return metrics
+
+    try:
+        train(run.model, Poisoned(), run.optimizers, steps=1, schedule=lambda step: 1.0, log=Lines(), clip=1.0)
+    except UserError as error:
+        same = all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
+        return str(error), same
+    return "no error", False
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_nan_on_one_rank_stops_all_before_any_weight_changes(home: Path, world_size: int) -> None:
+    for message, same in run_ranks(world_size, poisoned_step, home):
+        assert "NaN or infinity at step 0" in message and same
+
+
+def read_with_too_few(home: Path) -> str:
+    try:
+        paths = {name: str(home / name) for name in ("model", "lens")}
+        paths |= {name: str(home / f"{name}.jsonl") for name in ("forget", "retain")}
+        build(TrainConfig(**paths, layers=(1,), examples=2, seq_len=24, dtype="fp32"), torch.device("cpu"))
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def test_more_ranks_than_examples(home: Path) -> None:
+    for message in run_ranks(3, read_with_too_few, home):
+        assert "at least one example a rank (3 ranks); found 2" in message

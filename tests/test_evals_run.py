@@ -1,0 +1,150 @@
+"""`evals/run.py` as a user types it, and what it writes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from evals_support import OracleModel, make_model, make_tokenizer, question, write_wmdp
+
+from evals import run
+from evals.evaluation import Evaluation
+from evals.output import write_result
+from unlearn.errors import UserError, run_command
+from unlearn.model import save_model
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny checkpoint in `model` and ten questions in `data`."""
+    folder = tmp_path_factory.mktemp("evals")
+    (folder / "model").mkdir()
+    save_model(make_model("neox"), make_tokenizer(), folder / "model")
+    write_wmdp(folder / "data", [question(i, i % 4, None) for i in range(10)])
+    return folder
+
+
+def command(place: Path, *flags: str) -> list[str]:
+    base = ["--model", str(place / "model"), "--tasks", "wmdp_bio", "--data-dir", str(place / "data")]
+    return [*base, "--dtype", "fp32", *flags]
+
+
+def outcome(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> int:
+    monkeypatch.setattr(sys, "argv", ["evals/run.py", *arguments])
+    try:
+        run_command("evals/run.py", run.main)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_torchrun_from_elsewhere_writes_what_one_process_finds(place: Path, tmp_path: Path) -> None:
+    """A script run by its path has its own folder first on sys.path: none of our modules may hide another."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*torchrun, str(ROOT / "evals/run.py"), *command(place, "--out", str(tmp_path / "out"))],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("|wmdp_bio|") == 1
+    (file,) = (tmp_path / "out").glob("*/results_*.json")
+    written = json.loads(file.read_text())
+    alone = Evaluation(make_tokenizer(), tasks=["wmdp_bio"], data_dir=place / "data").run(make_model("neox"))
+    assert written["results"]["wmdp_bio"]["acc,none"] == alone["results"]["wmdp_bio"]["acc,none"]
+    assert written["unlearn"]["world_size"] == 2 and written["unlearn"]["dtypes"]["weights"] == ["float32"]
+
+
+def test_help_and_wrong_flags_do_not_wait_for_torch() -> None:
+    code = "import sys, evals.run; sys.exit(any(name in sys.modules for name in ('torch', 'lm_eval', 'datasets')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+
+
+def test_own_modules_hide_no_others() -> None:
+    """`python evals/run.py` makes each file of evals/ importable by its bare name."""
+    names = {path.stem for path in (ROOT / "evals").glob("*.py")}
+    assert not names & (set(sys.stdlib_module_names) | {"datasets", "evaluate", "utils", "tasks", "config"})
+
+
+def test_layout_is_lm_evals(tmp_path: Path) -> None:
+    write_wmdp(tmp_path / "data", [question(i, i % 4, 0) for i in range(4)])
+    tokenizer = make_tokenizer()
+    evaluation = Evaluation(tokenizer, tasks=["wmdp_bio"], data_dir=tmp_path / "data")
+    result = evaluation.run(OracleModel(tokenizer), name="owner/name")
+    file = evaluation.write(result, tmp_path / "out")
+    assert file is not None
+    stamp = file.stem.removeprefix("results_")
+    assert file.parent == tmp_path / "out" / "owner__name"
+    assert {path.name for path in file.parent.iterdir()} == {file.name, f"samples_wmdp_bio_{stamp}.jsonl"}
+    written = json.loads(file.read_text())
+    assert {"results", "configs", "versions", "n-shot", "n-samples", "higher_is_better", "config", "date"} <= set(
+        written
+    )
+    assert written["results"]["wmdp_bio"]["acc,none"] == 0.25 and "acc_stderr,none" in written["results"]["wmdp_bio"]
+    assert written["model_name"] == "owner/name" and written["n-shot"] == {"wmdp_bio": 0}
+    assert {"data", "dtypes", "tie_rate", "truncated_rows", "world_size"} <= set(written["unlearn"])
+    lines = [json.loads(line) for line in (file.parent / f"samples_wmdp_bio_{stamp}.jsonl").read_text().splitlines()]
+    assert len(lines) == 4 and lines[1]["target"] == "1" and lines[1]["acc"] == 0.0
+    assert lines[0]["arguments"]["gen_args_3"]["arg_1"] == " D"
+    assert lines[0]["filtered_resps"][0] == [str(result["samples"]["wmdp_bio"][0]["filtered_resps"][0][0]), "True"]
+
+
+def test_results_are_replaced_only_when_told(place: Path, tmp_path: Path) -> None:
+    evaluation = Evaluation(make_tokenizer(), tasks=["wmdp_bio"], data_dir=place / "data")
+    old = evaluation.run(make_model("neox"), name="m")
+    first = evaluation.write(old, tmp_path)
+    new = evaluation.run(make_model("neox", seed=1), name="m")
+    with pytest.raises(UserError, match="expected no results in .*--overwrite"):
+        evaluation.write(new, tmp_path)
+    assert first is not None and first.exists()
+    second = evaluation.write(new, tmp_path, overwrite=True)
+    assert second is not None and second.exists() and not first.exists() and len(list(second.parent.iterdir())) == 2
+
+
+def test_failed_write_leaves_nothing(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluation = Evaluation(make_tokenizer(), tasks=["wmdp_bio"], data_dir=place / "data")
+    result = evaluation.run(make_model("neox"), name="m")
+    result["samples"]["wmdp_bio"][5]["doc"] = {(1, 2): "no JSON has such a key"}
+    with pytest.raises(TypeError):
+        write_result(result, tmp_path)
+    assert list((tmp_path / "m").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data-dir", "{place}/model"], "found no such file"),
+        (["--limit", "0"], "--limit above 0"),
+        (["--batch-tokens", "-1"], "--batch-tokens above 0"),
+        (["--model", "{place}/nothing"], "found nothing at"),
+        (["--out", "{place}/data/cais/wmdp/wmdp-bio/test-00000-of-00001.parquet"], "expected to write"),
+        (["--overwrite"], "no effect without --out"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_exit_code_2(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    arguments = command(place, *[flag.replace("{place}", str(place)) for flag in flags])
+    assert outcome(monkeypatch, arguments) == 2
+    printed = capsys.readouterr()
+    text = " ".join((printed.err + printed.out).replace("│", " ").split())
+    assert message in text and "Traceback" not in text
+
+
+def test_existing_results_are_found_before_the_model_is_loaded(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = command(place, "--out", str(tmp_path / "out"), "--limit", "2")
+    assert outcome(monkeypatch, arguments) == 0
+    assert "Results in" in capsys.readouterr().out
+    monkeypatch.setattr("unlearn.model.load_model", None)
+    assert outcome(monkeypatch, arguments) == 2
+    assert "expected no results in" in capsys.readouterr().err
