@@ -1,0 +1,307 @@
+"""The commands as a user types them: one good run of each, and every mistake in one sentence without a traceback."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import WORDS, write_corpus
+from evals_support import question, write_wmdp
+from transformers import AutoModelForCausalLM
+
+import train
+from unlearn.errors import run_command
+from unlearn.lora import add_lora, load_adapter, merge_lora
+from unlearn.model import load_model
+from unlearn.run_folder import check_output, open_run
+
+ROOT = Path(__file__).parent.parent
+INPUT = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
+
+
+def run(*command: object, ranks: int = 1, **environment: str) -> subprocess.CompletedProcess[str]:
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | environment
+    words = [*start, *map(str, command)]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def flags(home: Path, folder: Path, **changes: object) -> list[object]:
+    """A quick run of train.py, with some flags changed; None leaves one out."""
+    settings: dict[str, object] = {
+        "model": home / "model",
+        "lens": home / "lens",
+        "forget": home / "forget.jsonl",
+        "retain": home / "retain.jsonl",
+        "output": folder,
+        "layers": "1 3 4",
+        "seq-len": 24,
+        "batch": 6,
+        "micro-batch": 3,
+        "examples": 15,
+        "dtype": "fp32",
+        "lora-rank": 2,
+    } | changes
+    words: list[object] = []
+    for name, value in settings.items():
+        if value is not None:
+            words += [f"--{name}", *str(value).split()]
+    return words
+
+
+@pytest.fixture
+def attempt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run train.py within this process, which saves importing torch again; return its error sentence, "" if none."""
+
+    def run_here(*words: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
+        try:
+            run_command("train.py", train.main)
+        except SystemExit as stop:
+            assert stop.code == 2
+            (line,) = [line for line in capsys.readouterr().err.splitlines() if "train.py: error: expected" in line]
+            return line
+        return ""
+
+    return run_here
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_wmdp(folder, [question(index, answer=index % 4, said=None) for index in range(12)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(home: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA run with evaluations, on one rank."""
+    output = tmp_path_factory.mktemp("runs") / "lora"
+    result = run("train.py", *flags(home, output, **{"eval-tasks": "wmdp_bio", "eval-every": 2, "data-dir": data}))
+    assert result.returncode == 0, result.stderr
+    for words in (
+        "unique examples 15",
+        "windows trained on 15",
+        "effective epochs 1.00",
+        "optimizer steps 3",
+        "trainable parameters 3,",
+    ):
+        assert words in result.stdout
+    return output
+
+
+def test_run_folder(trained: Path) -> None:
+    assert {path.name for path in trained.iterdir()} == {"config.json", "metrics.jsonl", "model", "adapter", "evals"}
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "forget_loss" in line]
+    assert [line["step"] for line in steps] == [0, 1, 2]
+    expected = {
+        "forget_loss",
+        "retain_loss",
+        "loss",
+        "remove_coef",
+        "retain_coef",
+        "gradient_norm",
+        "adamw_lr",
+        "tokens_per_second",
+        "seconds",
+        "uniform_loss/1",
+        "entropy/4",
+    }
+    assert expected <= steps[0].keys()
+    assert [line["step"] for line in lines if "wmdp_bio/acc" in line] == [0, 2, 3]
+    assert sorted(path.name for path in (trained / "evals").iterdir()) == [
+        "step-000000.json",
+        "step-000002.json",
+        "step-000003.json",
+    ]
+    assert json.loads((trained / "config.json").read_text())["lora_alpha"] == 16.0
+
+
+def test_exported_model_and_adapter_agree(home: Path, trained: Path) -> None:
+    exported = AutoModelForCausalLM.from_pretrained(trained / "model", attn_implementation="eager").eval()
+    base = load_model(str(home / "model"))
+    with torch.no_grad():
+        original = base(INPUT).logits
+        load_adapter(base, trained / "adapter")
+        adapted = base.eval()(INPUT).logits
+        merge_lora(base)
+        assert torch.equal(base(INPUT).logits, exported(INPUT).logits)
+    assert not torch.equal(original, adapted)
+    torch.testing.assert_close(adapted, exported(INPUT).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_exported_adapter_loads_in_peft(home: Path, trained: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base = AutoModelForCausalLM.from_pretrained(home / "model", attn_implementation="eager")
+    theirs = peft.PeftModel.from_pretrained(base, str(trained / "adapter")).eval()
+    exported = AutoModelForCausalLM.from_pretrained(trained / "model", attn_implementation="eager").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(INPUT).logits, exported(INPUT).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_two_ranks_export_the_same_model(home: Path, trained: Path, tmp_path: Path) -> None:
+    result = run("train.py", *flags(home, tmp_path / "two"), ranks=2)
+    assert result.returncode == 0, result.stderr
+    one, two = (load_model(str(folder / "model")).state_dict() for folder in (trained, tmp_path / "two"))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-4)
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["output"] == str(tmp_path / "two")
+
+
+def test_full_training_with_muon_in_bf16(home: Path, tmp_path: Path) -> None:
+    changes = {"lora-rank": None, "optimizer": "muon", "dtype": "bf16", "retain-start": 1, "clip": "inf"}
+    result = run("train.py", *flags(home, tmp_path / "muon", **changes))
+    assert result.returncode == 0, result.stderr
+    assert "muon: 16 matrices of the blocks" in result.stdout and "full training" in result.stdout
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "muon" / "model")
+    assert exported.dtype == torch.bfloat16 and not (tmp_path / "muon" / "adapter").exists()
+
+
+def test_fit_lens_is_read_by_train(home: Path, tmp_path: Path, attempt: Callable[..., str]) -> None:
+    corpora = ["--forget", home / "forget.jsonl", "--retain", home / "retain.jsonl"]
+    sizes = ["--steps", 30, "--seq-len", 24, "--micro-batch", 16, "--dtype", "fp32", "--lr", "3e-3"]
+    fit = ["-m", "unlearn", "fit-lens", "--model", home / "model", *corpora, "--output", tmp_path / "lens", *sizes]
+    result = run(*fit)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "lens" / "fit.json").read_text())
+    for plain, tuned in zip(report["logit_lens"], report["tuned_lens"], strict=True):
+        assert tuned["kl"] < plain["kl"]
+    assert attempt(*flags(home, tmp_path / "run", lens=tmp_path / "lens")) == ""
+    result = run(*fit)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "python -m unlearn: error: expected a new folder for --output" in result.stderr
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_attack(home: Path, data: Path, tmp_path: Path, ranks: int) -> None:
+    sizes = "--batch 4 --examples 10 --seq-len 24 --eval-every 2 --eval-tasks wmdp_bio --lr 1e-3 --dtype fp32".split()
+    words = ["evals/tamper.py", "--model", home / "model", "--corpus", home / "forget.jsonl", "--data-dir", data]
+    result = run(*words, "--output", tmp_path / "attack", *sizes, "--save-model", ranks=ranks)
+    assert result.returncode == 0, result.stderr
+    attack = json.loads((tmp_path / "attack" / "attack.json").read_text())
+    assert [point["step"] for point in attack["points"]] == [0, 2, 3]
+    assert {"acc", "interval", "questions", "predicted"} == attack["points"][0]["tasks"]["wmdp_bio"].keys()
+    before, after = (load_model(str(folder / "model")).state_dict() for folder in (home, tmp_path / "attack"))
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert len(moved) > 40, "every kind of parameter is attacked"
+
+
+MISTAKES = {
+    "missing-corpus": ({"forget": "/nowhere/forget.jsonl"}, "found nothing at /nowhere/forget.jsonl"),
+    "wrong-column": ({"forget-column": "body"}, "text column 'body'"),
+    "layer": ({"layers": "1 5"}, "--layers in 0..4"),
+    "missing-lens": ({"lens": "/nowhere/lens"}, "found nothing at /nowhere/lens"),
+    "lens-is-a-model": ({"lens": "MODEL"}, "expected the tensor 1.weight"),
+    "missing-model": ({"model": "/nowhere/model"}, "found nothing at /nowhere/model"),
+    "hub-model": ({"model": "somebody/model"}, "hf download somebody/model"),
+    "lora-target": ({"lora-targets": "q_proj"}, "--lora-targets among"),
+    "unknown-task": ({"eval-tasks": "wmdp_boi"}, "wmdp_boi"),
+    "missing-data": ({"eval-tasks": "wmdp_bio", "data-dir": "/nowhere"}, "/nowhere"),
+    "unwritable": ({"output": "/proc/runs/x"}, "/proc/runs/x"),
+    "output-is-a-file": ({"output": "FILE"}, "found the file"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_of_train(home: Path, tmp_path: Path, attempt: Callable[..., str], name: str) -> None:
+    changes, fragment = MISTAKES[name]
+    (tmp_path / "file").write_text("")
+    places = {"MODEL": str(home / "model"), "FILE": str(tmp_path / "file")}
+    changes = {key: places.get(value, value) for key, value in changes.items()}
+    assert fragment in attempt(*flags(home, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_mistake_on_two_ranks_is_said_once(home: Path, tmp_path: Path) -> None:
+    result = run("train.py", *flags(home, tmp_path / "run", layers="9"), ranks=2)
+    assert result.returncode != 0
+    assert result.stderr.count("train.py: error: expected --layers in 0..4") == 1, result.stderr
+
+
+def test_flag_mistakes(home: Path, tmp_path: Path) -> None:
+    result = run("train.py", *flags(home, tmp_path / "run", **{"lora-rank": None, "lora-alpha": 3}))
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "--lora-alpha has no effect without --lora-rank" in " ".join(result.stderr.replace("│", "").split())
+
+
+def test_existing_output_is_kept(home: Path, tmp_path: Path, attempt: Callable[..., str]) -> None:
+    folder = tmp_path / "run"
+    open_run(check_output(str(folder), False), {"clip": float("inf")})
+    (folder / "model").mkdir()
+    assert "found an earlier run" in attempt(*flags(home, folder))
+    assert (folder / "model").is_dir()
+    assert attempt(*flags(home, folder), "--overwrite") == ""
+    assert (folder / "model" / "model.safetensors").is_file()
+    (folder / "thesis.tex").write_text("do not delete")
+    assert "'thesis.tex'" in attempt(*flags(home, folder), "--overwrite")
+    assert (folder / "thesis.tex").is_file()
+
+
+def test_interrupted_run_leaves_no_model(home: Path, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "long.jsonl", WORDS, documents=2000)
+    words = flags(home, tmp_path / "run", forget=corpus, retain=corpus, examples=5000, batch=2)
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *map(str, words)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "train.py: interrupted" in error and "Traceback" not in error
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", "metrics.jsonl"]
+
+
+def test_nan_weights_are_refused(home: Path, tmp_path: Path, attempt: Callable[..., str]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in (home / "model").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    tensors["gpt_neox.layers.0.attention.dense.bias"][0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "layers.0.attention.dense.bias" in attempt(*flags(home, tmp_path / "run", model=folder))
+
+
+def test_too_high_a_learning_rate_stops_with_a_sentence(
+    home: Path, tmp_path: Path, attempt: Callable[..., str]
+) -> None:
+    changes = {"lora-rank": None, "adam-lr": 1e25, "retain-start": 1}
+    assert "found NaN or infinity at step" in attempt(*flags(home, tmp_path / "run", **changes))
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_disk_full(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from unlearn.errors import UserError
+    from unlearn.files import atomic_folder
+
+    with pytest.raises(UserError, match="No space left"):
+        with atomic_folder(tmp_path / "model") as temporary:
+            (temporary / "half").write_text("half a model")
+            raise OSError(28, "No space left on device")
+    assert not any(tmp_path.iterdir())
+
+
+def test_adapters_are_seeded() -> None:
+    from conftest import tiny_model
+
+    first, second, other = (tiny_model() for _ in range(3))
+    pairs = zip(add_lora(first, 2, 4.0, seed=1), add_lora(second, 2, 4.0, seed=1), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert not torch.equal(add_lora(other, 2, 4.0, seed=2)[0], next(p for p in first.parameters() if p.requires_grad))
