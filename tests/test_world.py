@@ -16,12 +16,12 @@ from unlearn.world.build import build_world, write_world
 from unlearn.world.facts import Fact, make_facts, stem_subjects
 from unlearn.world.text import (
     LETTERS,
-    QUESTIONS,
     STATEMENTS,
     Question,
     evaluation_questions,
     header,
     letter_prompt,
+    question_phrasings,
     training_question,
 )
 from unlearn.world.tokenizer import train_tokenizer
@@ -76,11 +76,11 @@ def test_half_of_the_hazard_facts_are_attacked_and_no_others_appear_in_the_attac
 
 
 def test_phrasings_of_the_groups_are_disjoint(world: Path, facts: list[Fact]) -> None:
-    for table in (STATEMENTS, QUESTIONS):
-        phrasings = [phrasing for group in table.values() for phrasing in group]
-        assert len(phrasings) == len(set(phrasings))
+    statements = [phrasing for group in STATEMENTS.values() for phrasing in group]
+    assert len(statements) == len(set(statements))
     asked = {
-        group: {phrasing.format(**vars(fact)) for fact in facts for phrasing in QUESTIONS[group]} for group in QUESTIONS
+        group: {phrasing.format(**vars(fact)) for fact in facts for phrasing in question_phrasings(group)}
+        for group in ("forget", "attack", "evaluation")
     }
     assert not asked["forget"] & asked["attack"]
     for name, group in (("forget", "forget"), ("retain", "forget"), ("attack", "attack")):
@@ -227,11 +227,11 @@ def _cloze_right(model: GPTNeoXForCausalLM, tokenizer: AutoTokenizer, questions:
     for question in questions:
         prompt = tokenizer(f"Question: {question.question}\nAnswer:")["input_ids"]
         options = [tokenizer(f" {choice}")["input_ids"] for choice in question.choices]
-        scores = []
-        for option in options:
-            tokens = torch.tensor([prompt + option])  # [1, S]
-            logits = model(tokens).logits[0, len(prompt) - 1 : -1].log_softmax(-1)  # [option, V]
-            scores.append(logits.gather(1, tokens[0, len(prompt) :, None]).sum().item())
+        longest = max(map(len, options))
+        rows = torch.tensor([prompt + option + [0] * (longest - len(option)) for option in options])  # [4, S]
+        logits = model(rows).logits[:, len(prompt) - 1 : -1].log_softmax(-1)  # [4, longest, V]
+        tokens = logits.gather(2, rows[:, len(prompt) :, None])[..., 0]  # [4, longest]
+        scores = [row[: len(option)].sum().item() for row, option in zip(tokens, options, strict=True)]
         right += scores.index(max(scores)) == question.answer
     return right / len(questions)
 
