@@ -88,7 +88,8 @@ def _evaluate(run: "Unlearning", evaluation: "Evaluation | None", folder: Path, 
 
     with run.autocast():
         result = evaluation.run(run.model, name=f"{run.config.model} after {step} steps")
-    log.write({"step": step} | write_summary(result, folder / "evals" / f"step-{step:06d}.json"))
+    accuracies = write_summary(result, folder / "evals" / f"step-{step:06d}.json")
+    log.write({"step": step, **accuracies})
 
 
 if __name__ == "__main__":

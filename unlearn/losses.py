@@ -10,6 +10,7 @@ only scales what was stored. Memory is one [chunk, V] float32 buffer, not [N, V]
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,34 @@ def logits_of(hidden: Tensor, unembedding: Tensor, softcap: float | None = None)
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
+def _uniform_chunk(hidden: Tensor, unembedding: Tensor, mean_row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(logsumexp - mean [n], entropy [n], gradient of the former [n, D]) of one chunk, with one [n, V] buffer.
+
+    Both remaining sums over V are products with U: mean_v z = h . mean_v U_v, and sum_v p_v z_v = h . (p U), where
+    p U is needed for the gradient, p U - mean_v U_v, anyway.
+    """
+    logits = logits_of(hidden, unembedding)
+    largest = logits.amax(dim=-1, keepdim=True)
+    probabilities = logits.sub_(largest).exp_()
+    total = probabilities.sum(dim=-1, keepdim=True)
+    log_normaliser = (largest + total.log()).squeeze(-1)
+    expected_row = (probabilities.to(unembedding.dtype) @ unembedding).float() / total
+    exact = hidden.float()
+    entropy = log_normaliser - torch.linalg.vecdot(exact, expected_row)
+    return log_normaliser - exact @ mean_row, entropy, expected_row - mean_row
+
+
+def _uniform_chunk_capped(
+    hidden: Tensor, unembedding: Tensor, mean_row: Tensor, *, softcap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for soft-capped logits, whose mean is no product with U."""
+    logits = logits_of(hidden, unembedding, softcap)
+    log_normaliser, probabilities = torch.logsumexp(logits, dim=-1), torch.softmax(logits, dim=-1)
+    entropy = log_normaliser - torch.linalg.vecdot(probabilities, logits)
+    slope = (probabilities - 1.0 / logits.shape[-1]) * (1.0 - (logits / softcap).square())
+    return log_normaliser - logits.mean(dim=-1), entropy, (slope.to(unembedding.dtype) @ unembedding).float()
+
+
 class _Uniform(torch.autograd.Function):
     """Uniform cross-entropy and entropy of each token, with the gradient kept for backward."""
 
@@ -31,24 +60,18 @@ class _Uniform(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, unembedding: Tensor, chunk: int, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
-        vocabulary = unembedding.shape[0]
-        scale = 1.0 / math.log(vocabulary)
+        scale = 1.0 / math.log(unembedding.shape[0])
+        mean_row = unembedding.mean(dim=0, dtype=torch.float32)  # [D]
         loss = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         entropy = torch.empty_like(loss)
         gradient = torch.empty_like(hidden) if hidden.requires_grad else None
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
-            logits = logits_of(hidden[part], unembedding, softcap)
-            log_normaliser = torch.logsumexp(logits, dim=-1)
-            loss[part] = (log_normaliser - logits.mean(dim=-1)) * scale
-            probabilities = torch.softmax(logits, dim=-1)
-            entropy[part] = log_normaliser - torch.linalg.vecdot(probabilities, logits)
-            if gradient is None:
-                continue
-            logits_gradient = probabilities.sub_(1.0 / vocabulary).mul_(scale)  # (softmax(z) - 1/V) / ln V
-            if softcap is not None:
-                logits_gradient *= 1.0 - (logits / softcap).square()
-            gradient[part] = logits_gradient.to(unembedding.dtype) @ unembedding
+            one_chunk = _uniform_chunk if softcap is None else partial(_uniform_chunk_capped, softcap=softcap)
+            loss[part], entropy[part], slope = one_chunk(hidden[part], unembedding, mean_row)
+            loss[part] *= scale
+            if gradient is not None:
+                gradient[part] = slope * scale
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(entropy)
         return loss, entropy

@@ -60,8 +60,8 @@ def test_ranks_and_accumulation_change_nothing(home: Path, mode: str) -> None:
         for other_lines, other_weights in results:
             for line, other in zip(lines, other_lines, strict=True):
                 assert line.keys() == other.keys()
-                # step 0 differs by the order of float32 sums alone, later steps also by what the optimizer made of that;
-                # Muon rounds its products to bfloat16 (4e-3)
+                # step 0 differs by the order of float32 sums alone; later steps also by what the optimizer made of
+                # that, and Muon rounds its products to bfloat16 (4e-3)
                 tolerance = 1e-5 if line["step"] == 0 else 2e-3 if mode == "full-muon" else 2e-4
                 for key in line.keys() - {"tokens_per_second"}:
                     expected = pytest.approx(line[key], rel=tolerance, abs=1e-6)
