@@ -6,6 +6,7 @@
 Nothing here computes anything that a command does not: it prints each command, runs it, and reads the files it wrote.
 """
 
+import importlib.util
 import json
 import os
 import shlex
@@ -32,8 +33,8 @@ UNLEARN = {
     "adamw": "--lora-rank 16 --adam-lr 1e-2 --remove-coef 10 --retain-coef 5 --retain-start 1 --retain-loss kl",
     "muon": "--optimizer muon --muon-lr 1e-2 --adam-lr 1e-3 --remove-coef 10 --retain-coef 5 --retain-start 1",
 }
-SHARED = "--layers 1 2 3 4 --batch 16 --micro-batch 16 --examples 2400 --seq-len 64 --dtype fp32"
-ATTACK = "--lr 1e-3 --batch 16 --micro-batch 16 --examples 640 --seq-len 64 --dtype fp32 --eval-every 10"
+SHARED = "--layers 1 2 3 4 --batch 16 --micro-batch 16 --examples 2400 --seq-len 96 --dtype fp32"
+ATTACK = "--lr 1e-3 --batch 16 --micro-batch 16 --examples 640 --seq-len 96 --dtype fp32 --eval-every 10"
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,8 @@ def _commands(config: DemoConfig, folder: Path) -> None:
     _run(1, f"-m unlearn world --output {world}")
     _run(
         config.ranks,
-        f"-m unlearn fit-lens --model {model} {corpora} --output {lens} --steps 150 --batch 32 --micro-batch 32 "
-        "--seq-len 64 --dtype fp32",
+        f"-m unlearn fit-lens --model {model} {corpora} --output {lens} --steps 100 --lr 3e-3 --batch 32 "
+        "--micro-batch 32 --seq-len 96 --dtype fp32",
     )
     _run(config.ranks, f"evals/run.py --model {model} --tasks {tasks} {data} --dtype fp32 --out {folder}/before")
     _run(
@@ -133,10 +134,11 @@ def _report(config: DemoConfig, folder: Path, seconds: float) -> None:
     summary |= {"seconds": round(seconds, 1), "ranks": config.ranks, "optimizer": config.optimizer, "seed": config.seed}
     summary["details"] = stages
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    _plot(stages, attack, folder / "demo.png")
     print("\n" + table(stages))
     print(
         f"\nin {seconds:.0f} s; the run is in {folder}: summary.json, unlearned/ (model, adapter, metrics.jsonl), "
-        "attack/attack.png\nWhat to read next: README.md, then train.py and unlearn/objectives/lens.py."
+        "attack/, demo.png\nWhat to read next: README.md, then train.py and unlearn/objectives/lens.py."
     )
 
 
@@ -144,6 +146,32 @@ def _summary(folder: Path) -> dict[str, Any]:
     """What the evaluation in `folder` measured, by task."""
     (file,) = folder.rglob("results_*.json")
     return json.loads(file.read_text())["unlearn"]["summary"]
+
+
+def _plot(stages: dict[str, dict[str, Any]], attack: list[dict[str, Any]], path: Path) -> None:
+    """Draw accuracy with its interval: before, after, and at each measurement of the attack."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plot: matplotlib is not installed (pip install 'unlearn[report]')")
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    points = [stages["before"], *(point["tasks"] for point in attack)]
+    labels = ["before", "unlearned", *(f"+{point['step']}" for point in attack[1:])]
+    for name, task in TASKS.items():
+        series = [tasks[task] for tasks in points]
+        color = "#b3261e" if name.startswith("hazard") else "#1b6e3c"
+        dashes = "-" if name.endswith("letter") else "--"
+        heights, label = [value["acc"] for value in series], name.replace("_", ", ")
+        axes.plot(heights, dashes, label=label, color=color, marker="o", markersize=3)
+        low, high = zip(*(value["interval"] for value in series), strict=True)
+        axes.fill_between(range(len(series)), low, high, color=color, alpha=0.12, linewidth=0)
+    axes.axhline(0.25, color="grey", linewidth=1, linestyle=":", label="chance")
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set(ylabel="accuracy", ylim=(0, 1.02), xlabel="then: optimizer steps of the fine-tuning attack")
+    axes.legend(fontsize="small", loc="center right")
+    figure.savefig(path, dpi=150)
 
 
 def table(stages: dict[str, dict[str, Any]]) -> str:

@@ -92,7 +92,7 @@ def trained(home: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) ->
         "windows trained on 15",
         "effective epochs 1.00",
         "optimizer steps 3",
-        "trainable parameters 3,",
+        "trainable parameters 2,816 of",
     ):
         assert words in result.stdout
     return output
@@ -127,7 +127,7 @@ def test_run_folder(trained: Path) -> None:
 
 
 def test_exported_model_and_adapter_agree(home: Path, trained: Path) -> None:
-    exported = AutoModelForCausalLM.from_pretrained(trained / "model", attn_implementation="eager").eval()
+    exported = AutoModelForCausalLM.from_pretrained(trained / "model").eval()
     base = load_model(str(home / "model"))
     with torch.no_grad():
         original = base(INPUT).logits

@@ -11,6 +11,18 @@ from typing import Any
 
 from unlearn.errors import UserError
 
+# What a full disk, a quota, missing rights, a read-only or a special file system (/proc) answer to a write.
+_REFUSALS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.ENOENT,
+    errno.EEXIST,
+)
+
 
 def local_folder(path: str, what: str, needed: str) -> str:
     """`path` unchanged if it is a folder that holds `needed`, or looks like a hub name; `UserError` otherwise."""
@@ -83,7 +95,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if error.errno not in _REFUSALS:
             raise
         raise UserError(
             f"expected to write {path}; found {os.strerror(error.errno)!r}: free some space or choose another place"

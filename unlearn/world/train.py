@@ -121,10 +121,17 @@ def train_world(output: Path, *, recipe: Recipe | None = None, seed: int = 0) ->
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> GPTNeoXForCausalLM:
-    """The untrained tiny model, float32."""
+    """The untrained tiny model, float32.
+
+    The unembedding starts at zero, so that it ends with directions that no token reads, as a large model's has. From
+    random weights it has none in 128 dimensions: a uniform prediction then spends the norm that the final LayerNorm
+    prescribes on telling a few tokens apart, the letters above all, and every unlearned model answers one letter.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return GPTNeoXForCausalLM(world_config(tokenizer))
+        model = GPTNeoXForCausalLM(world_config(tokenizer))
+    torch.nn.init.zeros_(model.get_output_embeddings().weight)
+    return model
 
 
 def world_optimizers(model: GPTNeoXForCausalLM, recipe: Recipe) -> dict[str, torch.optim.Optimizer]:
