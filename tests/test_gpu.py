@@ -1,0 +1,45 @@
+"""The same numbers on a GPU as on the CPU. Skipped without CUDA."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_objectives import config
+
+from unlearn.unlearning import build
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("token_cache"),
+]
+MODES = {
+    "lora": {"lora_rank": 3, "lora_dropout": 0.2},
+    "full": {"optimizer": "muon"},
+    "sampled": {"forget_loss": "sampled"},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_losses_and_gradients_equal_the_cpus(home: Path, mode: str) -> None:
+    """Dropout masks and sampled targets included: they are hashes, not a device's random numbers."""
+    runs = [build(config(home, **MODES[mode]), torch.device(device)) for device in ("cpu", "cuda")]
+    for run in runs:
+        run.model.train()
+    expected, metrics = (run.objective.backward(1) for run in runs)
+    for key, value in expected.items():
+        torch.testing.assert_close(metrics[key].cpu(), value, rtol=1e-4, atol=1e-5)
+    for one, other in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
+        if one.grad is not None and other.grad is not None:
+            torch.testing.assert_close(other.grad.cpu(), one.grad, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_bf16_steps_stay_finite(home: Path, mode: str) -> None:
+    run = build(config(home, dtype="bf16", **MODES[mode]), torch.device("cuda"))
+    run.model.train()
+    for step in range(run.steps):
+        assert all(torch.isfinite(torch.as_tensor(value)) for value in run.objective.backward(step).values())
+        for optimizer in run.optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad()
