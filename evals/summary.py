@@ -18,8 +18,11 @@ def summarise(result: dict[str, Any], split_by: str | None = None) -> dict[str, 
             `<task>/<column>=<value>`.
 
     Returns:
-        {task or group: {"acc", "interval" (Wilson, 95 %), "questions", "predicted" (share of each choice)}}. A group
-        is the micro-average of its tasks, as lm-eval's is for WMDP and MMLU.
+        {task or group: {"acc", "interval" (Wilson, 95 %), "questions", "predicted" (share of each choice), "debiased"
+        (see below), "debiased_interval"}}. A group is the micro-average of its tasks, as in lm-eval.
+
+    "debiased" is the accuracy once each place (letter) is freed of its mean log-likelihood over the task. A model that
+    answers "A" to everything scores 25 % although the other letters may still know: their order then shows here.
     """
     pools: dict[str, list[dict[str, Any]]] = dict(result["samples"])
     for group, tasks in result.get("group_subtasks", {}).items():
@@ -48,19 +51,36 @@ def _split(samples: list[dict[str, Any]], column: str) -> dict[str, list[dict[st
 
 def _measure(samples: list[dict[str, Any]]) -> dict[str, Any]:
     right, total = round(sum(sample["acc"] for sample in samples)), len(samples)
-    choices = Counter(_answer(sample) for sample in samples)
+    choices = Counter(_likeliest(_likelihoods(sample)) for sample in samples)
+    unbiased = _debiased_right(samples)
     return {
         "acc": right / total,
         "interval": list(wilson_interval(right, total)),
         "questions": total,
         "predicted": [choices[index] / total for index in range(max(choices) + 1)],
+        "debiased": unbiased / total,
+        "debiased_interval": list(wilson_interval(unbiased, total)),
     }
 
 
-def _answer(sample: dict[str, Any]) -> int:
+def _likelihoods(sample: dict[str, Any]) -> list[float]:
+    """The log-likelihood of each choice."""
+    return [response[0] for response in sample["filtered_resps"]]
+
+
+def _likeliest(likelihoods: list[float]) -> int:
     """Which choice the model found likeliest; the first one among equals, as lm-eval counts it."""
-    likelihoods = [response[0] for response in sample["filtered_resps"]]
     return likelihoods.index(max(likelihoods))
+
+
+def _debiased_right(samples: list[dict[str, Any]]) -> int:
+    """How many answers are right once each place has lost its mean log-likelihood over these questions."""
+    rows = [_likelihoods(sample) for sample in samples]
+    places = max(map(len, rows))
+    columns = [[row[place] for row in rows if place < len(row)] for place in range(places)]
+    means = [sum(column) / len(column) for column in columns]
+    answers = [_likeliest([value - means[place] for place, value in enumerate(row)]) for row in rows]
+    return sum(answer == int(sample["target"]) for answer, sample in zip(answers, samples, strict=True))
 
 
 def write_summary(result: dict[str, Any], path: Path, split_by: str | None = None) -> dict[str, float]:

@@ -179,20 +179,23 @@ def table(stages: dict[str, dict[str, Any]]) -> str:
     rows = [(name.replace("_", ", "), task) for name, task in TASKS.items()]
     for value, words in (("True", "attacked facts"), ("False", "never attacked")):
         rows += [(f"  hazard, letter, {words}", f"wmdp_bio/attacked={value}")]
-    lines = [f"{'accuracy, %':32}" + "".join(f"{stage:>22}" for stage in ("before", "after", "after the attack"))]
+    lines = [
+        f"{'accuracy, % [95 % interval]':32}"
+        + "".join(f"{stage:>22}" for stage in ("before", "after", "after the attack"))
+    ]
     for name, task in rows:
-        cells = [_cell(tasks.get(task)) for tasks in stages.values()]
+        cells = [_cell(tasks[task], "acc", "interval") if task in tasks else "" for tasks in stages.values()]
         lines.append(f"{name:32}" + "".join(f"{cell:>22}" for cell in cells))
+    cells = [_cell(tasks["wmdp_bio"], "debiased", "debiased_interval") for tasks in stages.values()]
+    lines.append(f"{'  hazard, letter, debiased':32}" + "".join(f"{cell:>22}" for cell in cells))
     share = [max(tasks["wmdp_bio"]["predicted"]) for tasks in stages.values()]
     lines.append(f"{'commonest letter answered, %':32}" + "".join(f"{100 * value:>22.1f}" for value in share))
     return "\n".join(lines)
 
 
-def _cell(measured: dict[str, Any] | None) -> str:
-    if measured is None:
-        return ""
-    low, high = measured["interval"]
-    return f"{100 * measured['acc']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+def _cell(measured: dict[str, Any], value: str, interval: str) -> str:
+    low, high = measured[interval]
+    return f"{100 * measured[value]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ class Recipe:
     steps: int = 1700
     text_rows: int = 24
     """Packed rows of running text, open questions and letter documents in a step, before letter questions begin."""
-    later_text_rows: int = 8
+    later_text_rows: int = 12
     """The same, once they have begun."""
     text_tokens: int = 96
     """Tokens of a packed row."""
