@@ -30,10 +30,13 @@ TASKS = {
 }
 # Tuned on the embedded world; what each flag means is in `train.py --help`.
 UNLEARN = {
-    "adamw": "--lora-rank 16 --adam-lr 1e-2 --remove-coef 10 --retain-coef 5 --retain-start 1 --retain-loss kl",
-    "muon": "--optimizer muon --muon-lr 1e-2 --adam-lr 1e-3 --remove-coef 10 --retain-coef 5 --retain-start 1",
+    "adamw": "--lora-rank 16 --lora-dropout 0 --adam-lr 2e-2 --remove-coef 50 --retain-coef 10",
+    "muon": "--optimizer muon --muon-lr 1e-2 --adam-lr 1e-3 --remove-coef 50 --retain-coef 25",
 }
-SHARED = "--layers 1 2 3 4 --batch 16 --micro-batch 16 --examples 2400 --seq-len 96 --dtype fp32"
+SHARED = (
+    "--layers 1 2 3 --retain-loss kl --retain-start 1 --examples 2400 --epochs 2 --batch 16 --micro-batch 16 "
+    "--seq-len 96 --dtype fp32"
+)
 ATTACK = "--lr 1e-3 --batch 16 --micro-batch 16 --examples 640 --seq-len 96 --dtype fp32 --eval-every 10"
 
 
