@@ -28,7 +28,8 @@ def main() -> None:
         from unlearn.run_folder import check_output
         from unlearn.unlearning import build
 
-        folder = check_output(str(config.output), config.overwrite)
+        inputs = (config.model, config.lens, config.forget, config.retain)
+        folder = check_output(str(config.output), config.overwrite, inputs=inputs)
         run = build(config, device)
         unlearn(run, folder, _prepare(config, run))
 

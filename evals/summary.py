@@ -7,7 +7,10 @@ from typing import Any
 
 from evals.stats import wilson_interval
 from unlearn.distributed import fail_together, is_main
+from unlearn.errors import UserError
 from unlearn.files import write_json, writing
+
+Samples = list[dict[str, Any]]
 
 
 def summarise(result: dict[str, Any], split_by: str | None = None) -> dict[str, dict[str, Any]]:
@@ -21,18 +24,22 @@ def summarise(result: dict[str, Any], split_by: str | None = None) -> dict[str, 
         {task or group: {"acc", "interval" (Wilson, 95 %), "questions", "predicted" (share of each choice), "debiased"
         (see below), "debiased_interval"}}. A group is the micro-average of its tasks, as in lm-eval.
 
-    "debiased" is the accuracy once each place (letter) is freed of its mean log-likelihood over the task. A model that
-    answers "A" to everything scores 25 % although the other letters may still know: their order then shows here.
+    "debiased" is the accuracy once each place (letter) is freed of its mean log-likelihood over its task. A model that
+    answers "A" to everything scores 25 % although the other letters may still know: their order then shows here. It
+    is left out where the right answer is not given as the number of a choice. Tasks without "acc" are left out.
+
+    Raises:
+        UserError: no question has the column `split_by`.
     """
-    pools: dict[str, list[dict[str, Any]]] = dict(result["samples"])
+    measured = {task: samples for task, samples in result["samples"].items() if "acc" in samples[0]}
+    pools = {task: [samples] for task, samples in measured.items()}
     for group, tasks in result.get("group_subtasks", {}).items():
-        members = [sample for task in _leaves(tasks, result) for sample in result["samples"][task]]
+        members = [measured[task] for task in _leaves(tasks, result) if task in measured]
         if members:
             pools[group] = members
     if split_by is not None:
-        for task, samples in dict(pools).items():
-            pools |= {f"{task}/{split_by}={value}": part for value, part in _split(samples, split_by).items()}
-    return {name: _measure(samples) for name, samples in pools.items()}
+        pools |= _split(pools, split_by)
+    return {name: _measure(parts) for name, parts in pools.items()}
 
 
 def _leaves(tasks: Iterable[str], result: dict[str, Any]) -> Iterable[str]:
@@ -44,23 +51,37 @@ def _leaves(tasks: Iterable[str], result: dict[str, Any]) -> Iterable[str]:
             yield from _leaves(result["group_subtasks"].get(task, ()), result)
 
 
-def _split(samples: list[dict[str, Any]], column: str) -> dict[str, list[dict[str, Any]]]:
-    values = {str(sample["doc"][column]) for sample in samples if column in sample["doc"]}
-    return {value: [s for s in samples if str(s["doc"].get(column)) == value] for value in sorted(values)}
+def _split(pools: dict[str, list[Samples]], column: str) -> dict[str, list[Samples]]:
+    """The same pools, apart for each value of a column of the questions; `UserError` if no question has it."""
+    apart: dict[str, list[Samples]] = {}
+    for name, parts in pools.items():
+        values = {str(sample["doc"][column]) for part in parts for sample in part if column in sample["doc"]}
+        for value in sorted(values):
+            chosen = [[sample for sample in part if str(sample["doc"].get(column)) == value] for part in parts]
+            apart[f"{name}/{column}={value}"] = [part for part in chosen if part]
+    if not apart:
+        some = next(iter(pools.values()))[0][0]["doc"]
+        raise UserError(
+            f"expected a column of the questions for --split-by; found {column!r}: they have {', '.join(some)}"
+        )
+    return apart
 
 
-def _measure(samples: list[dict[str, Any]]) -> dict[str, Any]:
+def _measure(parts: list[Samples]) -> dict[str, Any]:
+    """The numbers of one pool, made of the questions of one task or of several."""
+    samples = [sample for part in parts for sample in part]
     right, total = round(sum(sample["acc"] for sample in samples)), len(samples)
     choices = Counter(_likeliest(_likelihoods(sample)) for sample in samples)
-    unbiased = _debiased_right(samples)
-    return {
+    numbers: dict[str, Any] = {
         "acc": right / total,
         "interval": list(wilson_interval(right, total)),
         "questions": total,
         "predicted": [choices[index] / total for index in range(max(choices) + 1)],
-        "debiased": unbiased / total,
-        "debiased_interval": list(wilson_interval(unbiased, total)),
     }
+    if all(str(sample["target"]).isdigit() for sample in samples):
+        unbiased = sum(map(_debiased_right, parts))
+        numbers |= {"debiased": unbiased / total, "debiased_interval": list(wilson_interval(unbiased, total))}
+    return numbers
 
 
 def _likelihoods(sample: dict[str, Any]) -> list[float]:
@@ -73,8 +94,8 @@ def _likeliest(likelihoods: list[float]) -> int:
     return likelihoods.index(max(likelihoods))
 
 
-def _debiased_right(samples: list[dict[str, Any]]) -> int:
-    """How many answers are right once each place has lost its mean log-likelihood over these questions."""
+def _debiased_right(samples: Samples) -> int:
+    """How many answers are right once each place has lost its mean log-likelihood over these questions of one task."""
     rows = [_likelihoods(sample) for sample in samples]
     places = max(map(len, rows))
     columns = [[row[place] for row in rows if place < len(row)] for place in range(places)]

@@ -29,9 +29,10 @@ def main() -> None:
     from unlearn.distributed import process_group  # torch is imported after the flags were found to be right
 
     with process_group() as device:
-        from unlearn.run_folder import check_output
+        from unlearn.run_folder import ATTACK, check_output
 
-        attack(config, device, check_output(config.output, config.overwrite))
+        inputs = (config.model, config.corpus)
+        attack(config, device, check_output(config.output, config.overwrite, ATTACK, inputs))
 
 
 def attack(config: TamperConfig, device: "torch.device", folder: Path) -> None:
@@ -95,7 +96,7 @@ def _batches(config: TamperConfig, tokenizer: "PreTrainedTokenizerBase") -> "Bat
     corpus = read_corpus(
         config.corpus, tokenizer, seq_len=config.seq_len, column=config.column, template=config.template
     )
-    check_examples(corpus, config.examples)
+    check_examples(corpus, config.examples, config.batch)
     total = min(config.examples, len(corpus.windows)) * config.epochs
     return Batches(corpus, examples=config.examples, total=total, batch=config.batch, seed=config.seed, tag="attack")
 

@@ -61,8 +61,8 @@ class TamperConfig:
                 raise UserError(f"expected --{name.replace('_', '-')} to be 1 or more; found {getattr(self, name)}")
         if not 0.0 < self.lr < float("inf"):
             raise UserError(f"expected --lr above 0; found {self.lr}")
-        if self.seq_len < 2 or self.seed < 0:
-            raise UserError(f"expected --seq-len >= 2 and --seed >= 0; found {self.seq_len} and {self.seed}")
+        if self.seq_len < 3 or self.seed < 0:
+            raise UserError(f"expected --seq-len >= 3 and --seed >= 0; found {self.seq_len} and {self.seed}")
         if not self.eval_tasks:
             raise UserError("expected at least one name after --eval-tasks; found none: try wmdp_bio mmlu_stem")
         if self.column and self.template:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from unlearn.config import parse_flags
 from unlearn.errors import UserError, run_command
+from unlearn.files import writing
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = {
@@ -70,19 +71,23 @@ def main() -> None:
 
 def _fresh(folder: Path, overwrite: bool) -> Path:
     """Make the demo's folder; an earlier demo's is replaced with --overwrite, anything else never."""
+    if folder.is_file():
+        raise UserError(f"expected a folder for --output; found the file {folder}: choose another name")
     if folder.exists() and any(folder.iterdir()):
         if not (folder / "world").is_dir():
             raise UserError(f"expected a new folder or an earlier demo's for --output; found other files in {folder}")
         if not overwrite:
             raise UserError(f"expected a new folder for --output; found a demo in {folder}: give --overwrite")
         shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def _commands(config: DemoConfig, folder: Path) -> None:
     """Run every command in turn."""
-    world, lens = folder / "world", folder / "lens"
+    place = shlex.quote(str(folder))
+    world, lens = f"{place}/world", f"{place}/lens"
     model, data = f"{world}/model", f"--data-dir {world}/data"
     corpora = f"--forget {world}/corpora/forget.jsonl --retain {world}/corpora/retain.jsonl"
     tasks = " ".join(TASKS.values())
@@ -92,17 +97,17 @@ def _commands(config: DemoConfig, folder: Path) -> None:
         f"-m unlearn fit-lens --model {model} {corpora} --output {lens} --steps 100 --lr 3e-3 --batch 32 "
         "--micro-batch 32 --seq-len 96 --dtype fp32",
     )
-    _run(config.ranks, f"evals/run.py --model {model} --tasks {tasks} {data} --dtype fp32 --out {folder}/before")
+    _run(config.ranks, f"evals/run.py --model {model} --tasks {tasks} {data} --dtype fp32 --out {place}/before")
     _run(
         config.ranks,
-        f"train.py --model {model} --lens {lens} {corpora} --output {folder}/unlearned "
+        f"train.py --model {model} --lens {lens} {corpora} --output {place}/unlearned "
         f"{UNLEARN[config.optimizer]} {SHARED} --seed {config.seed}",
     )
-    model = f"{folder}/unlearned/model"
-    _run(config.ranks, f"evals/run.py --model {model} --tasks {tasks} {data} --dtype fp32 --out {folder}/after")
+    model = f"{place}/unlearned/model"
+    _run(config.ranks, f"evals/run.py --model {model} --tasks {tasks} {data} --dtype fp32 --out {place}/after")
     _run(
         config.ranks,
-        f"evals/tamper.py --model {model} --corpus {world}/corpora/attack.jsonl --output {folder}/attack {ATTACK} "
+        f"evals/tamper.py --model {model} --corpus {world}/corpora/attack.jsonl --output {place}/attack {ATTACK} "
         f"--eval-tasks {tasks} {data} --split-by attacked --seed {config.seed}",
     )
 

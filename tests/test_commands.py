@@ -13,13 +13,14 @@ import pytest
 import torch
 from conftest import WORDS, write_corpus
 from evals_support import question, write_wmdp
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 import train
-from unlearn.errors import run_command
+from unlearn.errors import UserError, run_command
 from unlearn.lora import add_lora, load_adapter, merge_lora
 from unlearn.model import load_model
-from unlearn.run_folder import check_output, open_run
+from unlearn.run_folder import ATTACK, LENS, RUN, check_output, open_run
 
 ROOT = Path(__file__).parent.parent
 INPUT = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
@@ -67,7 +68,7 @@ def attempt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
             run_command("train.py", train.main)
         except SystemExit as stop:
             assert stop.code == 2
-            (line,) = [line for line in capsys.readouterr().err.splitlines() if "train.py: error: expected" in line]
+            (line,) = [line for line in capsys.readouterr().err.splitlines() if "train.py: error: " in line]
             return line
         return ""
 
@@ -189,7 +190,7 @@ def test_attack(home: Path, data: Path, tmp_path: Path, ranks: int) -> None:
     assert result.returncode == 0, result.stderr
     attack = json.loads((tmp_path / "attack" / "attack.json").read_text())
     assert [point["step"] for point in attack["points"]] == [0, 2, 3]
-    assert {"acc", "interval", "questions", "predicted"} == attack["points"][0]["tasks"]["wmdp_bio"].keys()
+    assert {"acc", "interval", "questions", "predicted", "debiased"} <= attack["points"][0]["tasks"]["wmdp_bio"].keys()
     before, after = (load_model(str(folder / "model")).state_dict() for folder in (home, tmp_path / "attack"))
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     assert len(moved) > 40, "every kind of parameter is attacked"
@@ -246,6 +247,34 @@ def test_existing_output_is_kept(home: Path, tmp_path: Path, attempt: Callable[.
     assert (folder / "thesis.tex").is_file()
 
 
+def test_outputs_that_would_destroy_something(home: Path, tmp_path: Path, attempt: Callable[..., str]) -> None:
+    run_folder = tmp_path / "run"
+    assert attempt(*flags(home, run_folder)) == ""
+    again = flags(home, run_folder, model=run_folder / "model", lens=home / "lens")
+    assert "found" in attempt(*again, "--overwrite") and (run_folder / "model" / "config.json").is_file()
+    with pytest.raises(UserError, match="'adapter'"):
+        check_output(str(run_folder), True, ATTACK)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("do not delete")
+    for own in (RUN, ATTACK, LENS):
+        with pytest.raises(UserError, match=r"thesis\.txt"):
+            check_output(str(precious), True, own)
+
+
+def test_output_may_be_a_mount_point_or_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    open_run(check_output(str(tmp_path / "link"), False), {"seed": 1})
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "config.json").is_file()
+    monkeypatch.chdir(tmp_path / "real")
+    assert check_output(".", True) == tmp_path / "real"
+
+
+def test_revision_of_a_local_model(home: Path, tmp_path: Path, attempt: Callable[..., str]) -> None:
+    assert "--revision has no effect" in attempt(*flags(home, tmp_path / "run", revision="main"))
+
+
 def test_interrupted_run_leaves_no_model(home: Path, tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "long.jsonl", WORDS, documents=2000)
     words = flags(home, tmp_path / "run", forget=corpus, retain=corpus, examples=5000, batch=2)
@@ -288,13 +317,14 @@ def test_too_high_a_learning_rate_stops_with_a_sentence(
 
 
 def test_disk_full(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from unlearn.errors import UserError
+    """The operating system's own answer, and that of safetensors, which has an exception of its own."""
     from unlearn.files import atomic_folder
 
-    with pytest.raises(UserError, match="No space left"):
-        with atomic_folder(tmp_path / "model") as temporary:
-            (temporary / "half").write_text("half a model")
-            raise OSError(28, "No space left on device")
+    for error in (OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")):
+        with pytest.raises(UserError, match="No space left"):
+            with atomic_folder(tmp_path / "model") as temporary:
+                (temporary / "half").write_text("half a model")
+                raise error
     assert not any(tmp_path.iterdir())
 
 

@@ -66,7 +66,7 @@ def test_flag_without_effect_is_refused(flags: dict[str, object], named: str) ->
         {"batch": 0},
         {"micro_batch": 0},
         {"examples": 0},
-        {"seq_len": 1},
+        {"seq_len": 2},
         {"seed": -1},
         {"eval_tasks": ("mmlu",), "limit": 0},
     ],

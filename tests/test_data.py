@@ -114,7 +114,7 @@ def test_wrong_column_template_folder_and_hub_name(tmp_path: Path, tokenizer: Pr
         read_corpus(str(path), tokenizer, seq_len=16, template="{body}")
     with pytest.raises(UserError, match="save_to_disk"):
         read_corpus(str(tmp_path), tokenizer, seq_len=16)
-    with pytest.raises(UserError, match="hf download somebody/corpus"):
+    with pytest.raises(UserError, match="hf download --repo-type dataset somebody/corpus"):
         read_corpus("somebody/corpus", tokenizer, seq_len=16)
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from evals.stats import wilson_interval
 from evals.summary import summarise
+from unlearn.errors import UserError
 
 
 def sample(likelihoods: list[float], target: int, **doc: object) -> dict[str, object]:
@@ -34,6 +35,29 @@ def test_groups_are_micro_averages_and_splits_are_apart() -> None:
     assert summary["outer/attacked=True"]["acc"] == 1.0 and summary["outer/attacked=False"]["acc"] == 0.0
     assert "empty" not in summary and summary["two"]["predicted"] == [1.0]
     assert summary["one"]["interval"] == list(wilson_interval(3, 3))
+
+
+def test_split_by_an_unknown_column_is_an_error() -> None:
+    with pytest.raises(UserError, match="'typo'.*attacked"):
+        summarise({"samples": {"task": [sample([0, -1], 0, attacked=True)]}}, split_by="typo")
+
+
+def test_tasks_without_accuracy_or_numbered_answers() -> None:
+    named = sample([0, -1], 0)
+    named["target"] = "yes"
+    other = sample([0, -1], 0)
+    del other["acc"]
+    summary = summarise({"samples": {"named": [named], "other": [other]}})
+    assert set(summary) == {"named"} and "debiased" not in summary["named"]
+
+
+def test_groups_are_debiased_task_by_task() -> None:
+    """Two tasks with opposite habits, each seen through: pooled, their habits would hide each other."""
+    first = [sample([1.0, 0.1 * (index % 2)], index % 2) for index in range(10)]
+    second = [sample([0.1 * (1 - index % 2), 1.0], index % 2) for index in range(10)]
+    summary = summarise({"samples": {"a": first, "b": second}, "group_subtasks": {"both": ["a", "b"]}})
+    assert summary["a"]["debiased"] == summary["b"]["debiased"] == summary["both"]["debiased"] == 1.0
+    assert summary["both"]["acc"] == 0.5
 
 
 def test_a_collapsed_model_that_still_knows_is_seen_through() -> None:

@@ -103,13 +103,32 @@ def test_lens_of_another_width_depth_or_model(tmp_path: Path) -> None:
 def test_lens_of_another_name_without_hash(tmp_path: Path) -> None:
     model = tiny_model()
     folder = lens_folder(tmp_path, model)
-    config = json.loads((folder / "config.json").read_text()) | {"unembed_hash": None}
+    hashes = {"unembed_hash": None, "unembed_hash_bf16": None}
+    config = json.loads((folder / "config.json").read_text()) | hashes
     (folder / "config.json").write_text(json.dumps(config))
     model.config.name_or_path = "/models/model"
     assert TunedLens.load(str(folder), model).depth == DEPTH, "the same name in another place"
     model.config.name_or_path = "/models/other"
     with pytest.raises(UserError, match="found one of somebody/model"):
         TunedLens.load(str(folder), model)
+
+
+def test_lens_fits_the_same_model_in_another_dtype(tmp_path: Path) -> None:
+    """The hash is of a print-out to one decimal, which rounding to bfloat16 changes now and then."""
+    differ = 0
+    for seed in range(12):
+        model = tiny_model(seed=seed)
+        model.config.name_or_path = f"somebody/model{seed}"
+        random_lens(model).save(tmp_path / str(seed))
+        rounded = tiny_model(seed=seed).bfloat16()
+        rounded.config.name_or_path = "/elsewhere/under-another-name"
+        differ += unembedding_hash(unembedding(model)) != unembedding_hash(unembedding(rounded))
+        assert TunedLens.load(str(tmp_path / str(seed)), rounded).depth == DEPTH
+        random_lens(rounded).save(tmp_path / f"bf16-{seed}")
+        assert TunedLens.load(str(tmp_path / f"bf16-{seed}"), model).depth == DEPTH
+        with pytest.raises(UserError, match="found one of"):
+            TunedLens.load(str(tmp_path / str(seed)), tiny_model(seed=seed + 100).bfloat16())
+    assert differ > 0, "otherwise this test shows nothing"
 
 
 def test_wrong_tensors(tmp_path: Path) -> None:

@@ -138,6 +138,8 @@ class TrainConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         _check_numbers(self)
+        if self.remove_coef == 0.0 and self.retain_loss == "kl" and self.layers != _default("layers"):
+            raise UserError("--layers has no effect with --remove-coef 0 and --retain-loss kl: leave it out")
 
     def _mode_defaults(self) -> dict[str, Any]:
         """The published value of every flag that has an effect in this mode and a default that depends on it."""
@@ -223,7 +225,7 @@ def _check_numbers(config: TrainConfig) -> None:
         "weight_decay": (_coefficient(config.weight_decay), "a finite number, 0 or more"),
         "clip": (config.clip > 0.0, "a number above 0, or inf"),
         "warmup_ratio": (0.0 <= config.warmup_ratio < 1.0, "a number in [0, 1)"),
-        "seq_len": (config.seq_len >= 2, "2 or more"),
+        "seq_len": (config.seq_len >= 3, "3 or more"),
         "seed": (config.seed >= 0, "0 or more"),
     }
     for name in ("examples", "epochs", "batch", "micro_batch", "eval_every", "limit", "log_every"):

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from unlearn.distributed import main_first, rank, world_size
 from unlearn.errors import UserError
-from unlearn.files import hub_error, is_hub_name
+from unlearn.files import hub_error, is_hub_name, writing
 from unlearn.seeding import derive, generator
 
 JOINED = ("title", "abstract", "text")
@@ -101,7 +101,10 @@ def read_corpus(
 
 
 def split_windows(document: np.ndarray, seq_len: int) -> list[np.ndarray]:
-    """Cut a document into the fewest windows of at most `seq_len` tokens, nearly equal in length; all of it is kept."""
+    """Cut a document into the fewest windows of at most `seq_len` (3 or more) tokens, nearly equal in length.
+
+    All of it is kept, and no window has a single token if the document has two or more.
+    """
     return np.array_split(document, math.ceil(len(document) / seq_len))
 
 
@@ -166,7 +169,7 @@ def _texts(table: datasets.Dataset, source: str, column: str | None, template: s
     if template is not None:
         try:
             return [template.format(**{key: _string(value) for key, value in row.items()}) for row in table]
-        except (KeyError, IndexError, ValueError) as error:
+        except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
             raise UserError(
                 f"expected a template over the columns {', '.join(found)} of {source}; found {error} in "
                 f"{template!r}: write a column as {{name}}"
@@ -195,7 +198,8 @@ def _tokenise(texts: list[str], tokenizer: PreTrainedTokenizerBase, source: str)
         raise UserError(f"expected text in {source}; found none: choose another corpus or column")
     key = _fingerprint(texts, tokenizer)
     folder = Path(os.environ.get("HF_DATASETS_CACHE", datasets.config.HF_DATASETS_CACHE)) / "unlearn-tokens"
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     dataset = datasets.Dataset(pa.table({"text": texts}), fingerprint=key)
 
     def encode(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
@@ -221,7 +225,9 @@ def _arrays(chunk: pa.ListArray) -> list[np.ndarray]:
 
 def _fingerprint(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> str:
     """A name for these texts under this tokenizer."""
-    digest = hashlib.sha256(repr((sorted(tokenizer.get_vocab().items()), str(tokenizer.init_kwargs))).encode())
+    fast = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else ""
+    description = (sorted(tokenizer.get_vocab().items()), str(tokenizer.init_kwargs), fast)
+    digest = hashlib.sha256(repr(description).encode())
     for text in texts:
         encoded = text.encode("utf-8", "surrogatepass")
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
@@ -288,11 +294,13 @@ def pad(windows: Sequence[np.ndarray], keys: Sequence[int], device: torch.device
     return Rows(input_ids.to(device), mask.to(device), torch.tensor(keys, dtype=torch.int64, device=device))
 
 
-def check_examples(corpus: Corpus, examples: int) -> None:
-    """Raise unless every rank can have at least one example of `corpus`."""
+def check_examples(corpus: Corpus, examples: int, batch: int) -> None:
+    """Raise unless every rank can have at least one example of `corpus`, and one row of a full global batch."""
     available = min(examples, len(corpus.windows))
     if available < world_size():
         raise UserError(
             f"expected at least one example a rank ({world_size()} ranks); found {available} in {corpus.name}: "
             "use fewer ranks or a larger corpus"
         )
+    if batch < world_size():
+        raise UserError(f"expected --batch of at least one row a rank ({world_size()} ranks); found {batch}: raise it")

@@ -101,12 +101,10 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], bucket_bytes: int = 
     zero (a rank may have had no rows in a short batch). Sums, not means: each rank's loss is already divided by the
     token count of the whole global batch.
     """
-    if world_size() == 1:
-        return
     bucket: list[torch.nn.Parameter] = []
     size = 0
     for parameter in parameters:
-        if parameter.grad is None:
+        if parameter.grad is None:  # on one rank too: an optimizer skips None but decays and counts on zeros
             parameter.grad = torch.zeros_like(parameter)
         if bucket and (size >= bucket_bytes or bucket[0].dtype != parameter.dtype):
             _sum_bucket(bucket)
@@ -118,6 +116,8 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], bucket_bytes: int = 
 
 
 def _sum_bucket(bucket: list[torch.nn.Parameter]) -> None:
+    if world_size() == 1:
+        return
     gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
     flat = all_sum(torch.cat([gradient.flatten() for gradient in gradients]))
     for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
@@ -131,15 +131,23 @@ def fail_together() -> Iterator[None]:
     Raises:
         UserError: the first failing rank's, on every rank.
     """
-    sentence = None
+    sentence: str | None = f"rank {rank()} failed; its traceback says why"
+    sentences: list[str | None] = []
     try:
         yield
+        sentence = None
     except UserError as error:
         sentence = str(error)
-    sentences: list[str | None] = [sentence]
-    if world_size() > 1:
-        sentences = [None] * world_size()
-        dist.all_gather_object(sentences, sentence)
+    finally:  # whatever else it was leaves with its own traceback, once the other ranks know
+        sentences = _gather(sentence)
     for found in sentences:
         if found is not None:
             raise UserError(found)
+
+
+def _gather(sentence: str | None) -> list[str | None]:
+    if world_size() == 1:
+        return [sentence]
+    sentences: list[str | None] = [None] * world_size()
+    dist.all_gather_object(sentences, sentence)
+    return sentences

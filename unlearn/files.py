@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from unlearn.errors import UserError
 
 # What a full disk, a quota, missing rights, a read-only or a special file system (/proc) answer to a write.
@@ -20,7 +22,9 @@ _REFUSALS = (
     errno.EROFS,
     errno.ENOTDIR,
     errno.ENOENT,
-    errno.EEXIST,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ENAMETOOLONG,
 )
 
 
@@ -45,12 +49,13 @@ def is_hub_name(path: str) -> bool:
 
 def hub_error(path: str, what: str, error: Exception) -> UserError:
     """One sentence for a `what` that could not be read from `path`, a folder or a hub name."""
-    if Path(path).expanduser().exists():
+    if Path(path).expanduser().exists() or isinstance(error, SafetensorError):
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return UserError(f"expected a readable {what} in {path}; found {reason!r}: the files are damaged or incomplete")
+    kind = "--repo-type dataset " if what == "corpus" else ""
     return UserError(
         f"expected the {what} {path!r} as a local folder or on the Hugging Face hub; found neither: "
-        f"where there is network run `hf download {path}` (log in first if it is gated), or give a local path"
+        f"where there is network run `hf download {kind}{path}` (log in first if it is gated), or give a local path"
     )
 
 
@@ -94,6 +99,8 @@ def writing(path: Path) -> Iterator[None]:
     """Turn the operating system's refusal to write `path` into a `UserError`."""
     try:
         yield
+    except SafetensorError as error:
+        raise UserError(f"expected to write {path}; found {str(error)!r}: free some space or choose another") from error
     except OSError as error:
         if error.errno not in _REFUSALS:
             raise

@@ -23,10 +23,14 @@ class FitLensConfig:
     """Forget corpus: a .jsonl, .parquet or .txt file, a saved `datasets` folder, or a hub name, NAME[:CONFIG]."""
     forget_column: str | None = None
     """Text column of the forget corpus. Default: title, abstract and text joined by blank lines, else `page`."""
+    forget_template: str | None = None
+    """Text of a forget document built from its columns, e.g. '{title}\\n\\n{text}'."""
     retain: str = RETAIN
     """Retain corpus, in the same forms."""
     retain_column: str | None = None
     """Text column of the retain corpus."""
+    retain_template: str | None = None
+    """Text of a retain document built from its columns."""
     steps: int = 250
     """Optimizer steps. Published lenses: 250."""
     batch: int = 32
@@ -46,7 +50,10 @@ class FitLensConfig:
         for name in ("steps", "batch", "micro_batch"):
             if getattr(self, name) < 1:
                 raise UserError(f"expected --{name.replace('_', '-')} to be 1 or more; found {getattr(self, name)}")
+        for corpus in ("forget", "retain"):
+            if getattr(self, f"{corpus}_column") and getattr(self, f"{corpus}_template"):
+                raise UserError(f"--{corpus}-column has no effect with --{corpus}-template: give one of them")
         if not 0.0 < self.lr < float("inf"):
             raise UserError(f"expected --lr above 0; found {self.lr}")
-        if self.seq_len < 2 or self.seed < 0:
-            raise UserError(f"expected --seq-len >= 2 and --seed >= 0; found {self.seq_len} and {self.seed}")
+        if self.seq_len < 3 or self.seed < 0:
+            raise UserError(f"expected --seq-len >= 3 and --seed >= 0; found {self.seq_len} and {self.seed}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from unlearn.data import Batches, Corpus, Rows, read_corpus
+from unlearn.data import Batches, Corpus, Rows, check_examples, read_corpus
 from unlearn.distributed import all_sum, fail_together, is_main, process_group
 from unlearn.errors import UserError
 from unlearn.files import atomic_folder, write_json
@@ -25,6 +25,7 @@ from unlearn.metrics import MetricsLog
 from unlearn.model import load_model, load_tokenizer, residual_streams
 from unlearn.optim.build import BETAS, EPS, linear_schedule
 from unlearn.precision import DTYPES
+from unlearn.run_folder import LENS, check_output
 from unlearn.trainer import train
 
 
@@ -97,15 +98,19 @@ def fit_lens(config: FitLensConfig) -> None:
     """Train a lens as the flags say, report it, and write it.
 
     Raises:
-        UserError: see `read_corpus` and `load_model`; or the output exists.
+        UserError: see `check_output`, `read_corpus` and `load_model`.
     """
-    output = Path(config.output).expanduser()
-    if output.exists() and not config.overwrite:
-        raise UserError(f"expected a new folder for --output; found {output}: choose another, or give --overwrite")
+    inputs = (config.model, config.forget, config.retain)
     with process_group() as device:
+        output = check_output(config.output, config.overwrite, LENS, inputs)
         tokenizer = load_tokenizer(config.model, revision=config.revision)
-        sources = (config.forget, config.forget_column), (config.retain, config.retain_column)
-        corpora = [read_corpus(name, tokenizer, seq_len=config.seq_len, column=column) for name, column in sources]
+        corpora = [
+            read_corpus(name, tokenizer, seq_len=config.seq_len, column=column, template=template)
+            for name, column, template in (
+                (config.forget, config.forget_column, config.forget_template),
+                (config.retain, config.retain_column, config.retain_template),
+            )
+        ]
         training, held_out = _split(config, corpora)
         model = load_model(config.model, revision=config.revision, dtype=DTYPES[config.dtype], device=device)
         model.requires_grad_(False)
@@ -116,11 +121,16 @@ def fit_lens(config: FitLensConfig) -> None:
 
 
 def _split(config: FitLensConfig, corpora: list[Corpus]) -> tuple[Batches, Batches]:
-    """Training and held-out batches over both corpora together; every tenth window, at most 256, is held out."""
+    """Training and held-out batches over both corpora together.
+
+    Every tenth window is held out, at most 256: windows, not documents, so that for long documents the held-out text
+    has neighbours in training.
+    """
     windows = [window for corpus in corpora for window in corpus.windows]
     name, documents = " and ".join(corpus.name for corpus in corpora), sum(corpus.documents for corpus in corpora)
     if len(windows) < 2:
         raise UserError(f"expected two windows or more in {name}; found {len(windows)}: use larger corpora")
+    check_examples(Corpus(name, documents, windows), len(windows), config.batch)
     count = max(1, min(256, len(windows) // 10))
     stride = len(windows) // count
     held = windows[::stride][:count]

@@ -35,6 +35,7 @@ from unlearn.model import final_norm, softcap, unembedding
 
 WEIGHT_FILES = ("params.safetensors", "model.safetensors", "params.pt")
 PREFIX = "layer_translators."
+BF16_HASH = "unembed_hash_bf16"  # ours: the hash after rounding, by which a model loaded in bfloat16 is known
 
 
 class TunedLens(nn.Module):
@@ -108,7 +109,7 @@ class TunedLens(nn.Module):
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, folder / "params.safetensors")
-            torch.save(tensors, folder / "params.pt")
+            _save_pickle(tensors, folder / "params.pt")
             (folder / "config.json").write_text(json.dumps(self._config(), indent=2) + "\n", encoding="utf-8")
 
     def _config(self) -> dict[str, Any]:
@@ -119,8 +120,17 @@ class TunedLens(nn.Module):
             "bias": True,
             "base_model_revision": None,
             "unembed_hash": unembedding_hash(self.unembedding),
+            BF16_HASH: unembedding_hash(self.unembedding.bfloat16()),
             "lens_type": "linear_tuned_lens",
         }
+
+
+def _save_pickle(tensors: dict[str, Tensor], file: Path) -> None:
+    """`torch.save`, whose writer hides what the operating system answered."""
+    try:
+        torch.save(tensors, file)
+    except RuntimeError as error:
+        raise UserError(f"expected to write {file}; found {str(error).splitlines()[0]!r}: free some space") from error
 
 
 def unembedding_hash(matrix: Tensor) -> str:
@@ -160,14 +170,18 @@ def _check_config(config: dict[str, Any], model: PreTrainedModel, path: str) -> 
                 f"expected a lens with {key} {value}, as the model has; found {config[key]} in {path}: "
                 "use the lens of this model, or fit one with `python -m unlearn fit-lens`"
             )
-    stored = config.get("unembed_hash")
-    if stored is not None and stored != unembedding_hash(unembedding(model)):
-        raise UserError(
-            f"expected a lens fitted to the unembedding of {model.config.name_or_path}; found one of "
-            f"{config.get('base_model_name_or_path')} with another unembed_hash in {path}: use the lens of this model"
-        )
+    matrix = unembedding(model)
+    stored = {config[key] for key in ("unembed_hash", BF16_HASH) if config.get(key) is not None}
+    if stored & {unembedding_hash(matrix), unembedding_hash(matrix.bfloat16())}:
+        return
     name = str(config.get("base_model_name_or_path", ""))
-    if stored is None and name and Path(name).name != Path(str(model.config.name_or_path)).name:
+    if stored and matrix.dtype == torch.float32:
+        raise UserError(
+            f"expected a lens fitted to the unembedding of {model.config.name_or_path}; found one of {name} with "
+            f"another unembed_hash in {path}: use the lens of this model"
+        )
+    # Without a hash, or with that of more digits than are in memory, the name must do.
+    if (stored or name) and Path(name).name != Path(str(model.config.name_or_path)).name:
         raise UserError(
             f"expected a lens of {model.config.name_or_path}; found one of {name} in {path}: use the lens of this model"
         )

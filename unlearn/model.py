@@ -148,6 +148,8 @@ def load_config(path: str, *, revision: str | None = None) -> PretrainedConfig:
         UserError: the folder or hub entry is missing, or its architecture is not supported.
     """
     source = local_folder(path, "model", "config.json")
+    if revision is not None and Path(source).is_dir():
+        raise UserError(f"--revision has no effect with the local folder {path}: leave it out")
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -84,7 +84,7 @@ def _batches(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> dict[st
     corpora = {name: _read(config, tokenizer, name) for name, needed in used.items() if needed}
     assert config.examples is not None
     for corpus in corpora.values():
-        check_examples(corpus, config.examples)
+        check_examples(corpus, config.examples, config.batch)
     leading = next(iter(corpora.values()))
     total = min(config.examples, len(leading.windows)) * config.epochs
     settings = {"examples": config.examples, "total": total, "batch": config.batch, "seed": config.seed}

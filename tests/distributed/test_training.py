@@ -10,7 +10,7 @@ from harness import run_ranks
 from torch import Tensor, nn
 
 from unlearn.config import TrainConfig
-from unlearn.distributed import rank, sum_gradients
+from unlearn.distributed import fail_together, rank, sum_gradients
 from unlearn.errors import UserError
 from unlearn.metrics import MetricsLog
 from unlearn.optim.build import linear_schedule
@@ -21,6 +21,8 @@ pytestmark = pytest.mark.usefixtures("token_cache")
 MODES = {
     "lora-adamw": {"lora_rank": 3, "lora_dropout": 0.1, "adam_lr": 1e-2},
     "full-muon": {"optimizer": "muon", "muon_lr": 1e-3, "adam_lr": 1e-3},
+    # no retain gradient at step 0: blocks above layer 2 and the head then have no gradient, on any number of ranks
+    "late-retain": {"adam_lr": 1e-3, "weight_decay": 0.1, "retain_start": 0.0, "layers": (1, 2)},
     "sampled-kl": {"lora_rank": 3, "forget_loss": "sampled", "retain_loss": "kl", "adam_lr": 1e-2},
 }
 
@@ -128,16 +130,40 @@ def test_nan_on_one_rank_stops_all_before_any_weight_changes(home: Path, world_s
         assert "NaN or infinity at step 0" in message and same
 
 
-def read_with_too_few(home: Path) -> str:
+def fails_on_one_rank(kind: str) -> str:
+    """A rank that fails inside `fail_together` must not leave the others waiting."""
+    try:
+        with fail_together():
+            if rank() == 1:
+                raise UserError("the disk is full") if kind == "user" else KeyError("a bug")
+    except UserError as error:
+        return str(error)
+    except KeyError:
+        return "own traceback"
+    return "no error"
+
+
+def test_a_failure_on_one_rank_reaches_all() -> None:
+    assert run_ranks(3, fails_on_one_rank, "user") == ["the disk is full"] * 3
+    told = "rank 1 failed; its traceback says why"
+    assert run_ranks(3, fails_on_one_rank, "bug") == [told, "own traceback", told]
+
+
+def read_with_too_few(home: Path, examples: int, batch: int) -> str:
     try:
         paths = {name: str(home / name) for name in ("model", "lens")}
         paths |= {name: str(home / f"{name}.jsonl") for name in ("forget", "retain")}
-        build(TrainConfig(**paths, layers=(1,), examples=2, seq_len=24, dtype="fp32"), torch.device("cpu"))
+        build(
+            TrainConfig(**paths, layers=(1,), examples=examples, batch=batch, seq_len=24, dtype="fp32"),
+            torch.device("cpu"),
+        )
     except UserError as error:
         return str(error)
     return "no error"
 
 
-def test_more_ranks_than_examples(home: Path) -> None:
-    for message in run_ranks(3, read_with_too_few, home):
+def test_more_ranks_than_examples_or_rows(home: Path) -> None:
+    for message in run_ranks(3, read_with_too_few, home, 2, 8):
         assert "at least one example a rank (3 ranks); found 2" in message
+    for message in run_ranks(3, read_with_too_few, home, 9, 2):
+        assert "--batch of at least one row a rank (3 ranks); found 2" in message
