@@ -30,8 +30,32 @@ _RETAIN_FLAGS = ("retain", "retain_column", "retain_template", "retain_loss", "r
 _FORGET_FLAGS = ("forget", "forget_column", "forget_template", "lens", "forget_loss")
 
 
-@dataclass(frozen=True)
-class TrainConfig:
+@dataclass(frozen=True, kw_only=True)
+class CorpusFlags:
+    """Where forget and retain text come from."""
+
+    forget: str = FORGET
+    """Forget corpus: a .jsonl, .parquet or .txt file, a saved `datasets` folder, or a hub name, NAME[:CONFIG]."""
+    forget_column: str | None = None
+    """Text column of the forget corpus. Default: title, abstract and text joined by blank lines, else `page`."""
+    forget_template: str | None = None
+    """Text of a forget document built from its columns, e.g. '{title}\\n\\n{abstract}\\n\\n{text}'."""
+    retain: str = RETAIN
+    """Retain corpus, in the same forms."""
+    retain_column: str | None = None
+    """Text column of the retain corpus. Default: as for the forget corpus."""
+    retain_template: str | None = None
+    """Text of a retain document built from its columns."""
+
+    def check_text(self) -> None:
+        """Raise if a column and a template are both given for one corpus."""
+        for corpus in ("forget", "retain"):
+            if getattr(self, f"{corpus}_column") and getattr(self, f"{corpus}_template"):
+                raise UserError(f"--{corpus}-column has no effect with --{corpus}-template: give one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(CorpusFlags):
     """Unlearn a model: push what a frozen tuned lens reads off the target layers towards uniform on forget text, and
     hold the model to its original on retain text."""
 
@@ -53,19 +77,6 @@ class TrainConfig:
     lens_tap: Literal["input", "output"] = "input"
     """Apply translator l to the stream that enters block l (input), or to the one that leaves it (output: the
     off-by-one of earlier published runs, only for comparing with them)."""
-
-    forget: str = FORGET
-    """Forget corpus: a .jsonl, .parquet or .txt file, a saved `datasets` folder, or a hub name, NAME[:CONFIG]."""
-    forget_column: str | None = None
-    """Text column of the forget corpus. Default: title, abstract and text joined by blank lines, else `page`."""
-    forget_template: str | None = None
-    """Text of a forget document built from its columns, e.g. '{title}\\n\\n{abstract}\\n\\n{text}'."""
-    retain: str = RETAIN
-    """Retain corpus, in the same forms."""
-    retain_column: str | None = None
-    """Text column of the retain corpus. Default: as for the forget corpus."""
-    retain_template: str | None = None
-    """Text of a retain document built from its columns."""
 
     lora_rank: int = 0
     """Rank of the LoRA adapters; 0 trains every parameter. Published: 16."""
@@ -181,9 +192,7 @@ class TrainConfig:
             for name in names:
                 if condition and getattr(self, name) != _default(name):
                     raise UserError(f"--{name.replace('_', '-')} has no effect {reason}: leave it out")
-        for corpus in ("forget", "retain"):
-            if getattr(self, f"{corpus}_column") and getattr(self, f"{corpus}_template"):
-                raise UserError(f"--{corpus}-column has no effect with --{corpus}-template: give one of them")
+        self.check_text()
 
     def check_depth(self, depth: int) -> None:
         """Raise unless every target layer exists in a model of `depth` blocks."""

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from unlearn.config import FORGET, RETAIN
+from unlearn.config import CorpusFlags
 from unlearn.errors import UserError
 
 
-@dataclass(frozen=True)
-class FitLensConfig:
+@dataclass(frozen=True, kw_only=True)
+class FitLensConfig(CorpusFlags):
     """Train a tuned lens for a model, on forget and retain text together."""
 
     model: str
@@ -19,18 +19,6 @@ class FitLensConfig:
     """Replace an earlier lens in --output."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
-    forget: str = FORGET
-    """Forget corpus: a .jsonl, .parquet or .txt file, a saved `datasets` folder, or a hub name, NAME[:CONFIG]."""
-    forget_column: str | None = None
-    """Text column of the forget corpus. Default: title, abstract and text joined by blank lines, else `page`."""
-    forget_template: str | None = None
-    """Text of a forget document built from its columns, e.g. '{title}\\n\\n{text}'."""
-    retain: str = RETAIN
-    """Retain corpus, in the same forms."""
-    retain_column: str | None = None
-    """Text column of the retain corpus."""
-    retain_template: str | None = None
-    """Text of a retain document built from its columns."""
     steps: int = 250
     """Optimizer steps. Published lenses: 250."""
     batch: int = 32
@@ -50,9 +38,7 @@ class FitLensConfig:
         for name in ("steps", "batch", "micro_batch"):
             if getattr(self, name) < 1:
                 raise UserError(f"expected --{name.replace('_', '-')} to be 1 or more; found {getattr(self, name)}")
-        for corpus in ("forget", "retain"):
-            if getattr(self, f"{corpus}_column") and getattr(self, f"{corpus}_template"):
-                raise UserError(f"--{corpus}-column has no effect with --{corpus}-template: give one of them")
+        self.check_text()
         if not 0.0 < self.lr < float("inf"):
             raise UserError(f"expected --lr above 0; found {self.lr}")
         if self.seq_len < 3 or self.seed < 0:
