@@ -77,7 +77,7 @@ def attack(config: TamperConfig, device: "torch.device", folder: Path) -> None:
     with MetricsLog(folder / "metrics.jsonl", batches.steps, "attacking") as log:
         train(
             model,
-            NextTokenObjective(model, batches, config.micro_batch, precision),
+            NextTokenObjective(model, batches, precision),
             build_optimizers(model, optimizer="adamw", adam_lr=config.lr),
             steps=batches.steps,
             schedule=linear_schedule(batches.steps),
@@ -98,7 +98,15 @@ def _batches(config: TamperConfig, tokenizer: "PreTrainedTokenizerBase") -> "Bat
     )
     check_examples(corpus, config.examples, config.batch)
     total = min(config.examples, len(corpus.windows)) * config.epochs
-    return Batches(corpus, examples=config.examples, total=total, batch=config.batch, seed=config.seed, tag="attack")
+    return Batches(
+        corpus,
+        examples=config.examples,
+        total=total,
+        batch=config.batch,
+        seed=config.seed,
+        tag="attack",
+        micro_batch=config.micro_batch,
+    )
 
 
 def _summary(result: dict[str, Any], split_by: str | None) -> dict[str, Any]:
@@ -116,9 +124,13 @@ def _write(
 ) -> None:
     """Write attack.json, the plot, and the attacked model if it was asked for."""
     from unlearn.distributed import fail_together, is_main
-    from unlearn.files import atomic_folder, write_json
+    from unlearn.files import write_json
     from unlearn.model import save_model
+    from unlearn.weights import shared_folder
 
+    if config.save_model:
+        with shared_folder(folder / "model") as temporary:
+            save_model(model, tokenizer, temporary)
     with fail_together():
         if not is_main():
             return
@@ -127,10 +139,7 @@ def _write(
             print("no plot: matplotlib is not installed (pip install 'unlearn[report]')")
         else:
             plot_attack(points, folder / "attack.png", lambda task: "/" in task or task in config.eval_tasks)
-        if config.save_model:
-            with atomic_folder(folder / "model") as temporary:
-                save_model(model, tokenizer, temporary)
-    print(f"attack: {folder / 'attack.json'}")
+        print(f"attack: {folder / 'attack.json'}")
 
 
 def plot_attack(points: list[dict[str, Any]], path: Path, shown: Callable[[str], bool]) -> None:

@@ -35,10 +35,10 @@ UNLEARN = {
     "muon": "--optimizer muon --muon-lr 1e-2 --adam-lr 2e-3 --warmup-ratio 0.03 --remove-coef 50 --retain-coef 40",
 }
 SHARED = (
-    "--layers 1 2 3 --retain-loss kl --retain-start 1 --examples 2400 --epochs 2 --batch 16 --micro-batch 16 "
+    "--layers 1 2 3 --retain-loss kl --retain-start 1 --examples 2400 --epochs 2 --batch 16 --micro-batch 8 "
     "--seq-len 96 --dtype fp32"
 )
-ATTACK = "--lr 1e-3 --batch 16 --micro-batch 16 --examples 640 --seq-len 96 --dtype fp32 --eval-every 10"
+ATTACK = "--lr 1e-3 --batch 16 --micro-batch 8 --examples 640 --seq-len 96 --dtype fp32 --eval-every 10"
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _commands(config: DemoConfig, folder: Path) -> None:
     _run(
         config.ranks,
         f"-m unlearn fit-lens --model {model} {corpora} --output {lens} --steps 100 --lr 3e-3 --batch 32 "
-        "--micro-batch 32 --seq-len 96 --dtype fp32",
+        "--micro-batch 16 --seq-len 96 --dtype fp32",
     )
     _run(config.ranks, f"evals/run.py --model {model} --tasks {tasks} {data} --dtype fp32 --out {place}/before")
     _run(
@@ -119,11 +119,11 @@ def _run(ranks: int, command: str) -> None:
     start = [sys.executable]
     if ranks > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    threads = max(1, (os.cpu_count() or 1) // ranks)
     words = shlex.split(command)
     if words[0] != "-m":
         words[0] = str(ROOT / words[0])
-    result = subprocess.run(start + words, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+    # One thread a process and two micro-batches a batch: one rank and two then add the same numbers in the same order.
+    result = subprocess.run(start + words, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if result.returncode != 0:
         raise UserError(f"expected every command to succeed; found exit code {result.returncode}: see above")
 

@@ -141,15 +141,22 @@ def test_order_depends_on_seed_and_tag() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_ranks_share_a_global_batch(monkeypatch: pytest.MonkeyPatch, world_size: int) -> None:
-    batches = Batches(corpus_of(23), examples=23, total=23, batch=10, seed=0, tag="forget")
+    batches = Batches(corpus_of(23), examples=23, total=23, batch=10, seed=0, tag="forget", micro_batch=3)
     monkeypatch.setattr("unlearn.data.world_size", lambda: world_size)
     for step in range(batches.steps):
-        seen = {}
+        seen, turns = {}, set()
         for rank in range(world_size):
             monkeypatch.setattr("unlearn.data.rank", lambda rank=rank: rank)
-            for rows in batches.micro_batches(step, 3, torch.device("cpu")):
-                for ids, mask, key in zip(rows.input_ids, rows.mask, rows.keys.tolist(), strict=True):
-                    seen[key] = ids[mask].tolist()
+            mine = list(batches.micro_batches(step, torch.device("cpu")))
+            turns.add(len(mine))
+            for rows in mine:
+                where = rows.real // rows.input_ids.shape[1]
+                for row, key in enumerate(rows.keys.tolist()):
+                    if (where == row).any():
+                        seen[key] = rows.at_real(rows.input_ids)[where == row].tolist()
+                following = [token for key in rows.keys.tolist() for token in seen.get(key, [])[1:]]
+                assert rows.next_ids().tolist() == following
+        assert len(turns) == 1  # as many forward passes on every rank
         expected = [batches.corpus.windows[index].tolist() for index in batches.indices(step)]
         assert sorted(seen.values()) == sorted(expected) and len(seen) == len(expected)
         assert batches.tokens(step) == sum(map(len, expected))

@@ -121,14 +121,30 @@ class TrainConfig(CorpusFlags):
     """Passes over the forget windows. Published: 1."""
     batch: int = 32
     """Forget windows, and retain windows, of one optimizer step, over all ranks. Published: 32."""
-    micro_batch: int = 1
-    """Windows of one forward pass on one rank; changes memory and speed, not the result."""
+    micro_batch: int | None = None
+    """Most windows of one forward pass on one rank; changes memory and speed, not the result."""
+    micro_tokens: int | None = None
+    """Most tokens, padding included, of one forward pass on one rank: packs short windows together, instead of
+    counting them as --micro-batch does."""
     seq_len: int = 2048
     """Longest window, in tokens; longer documents become several windows."""
     seed: int = 0
     """Of the data order, the adapters' initial values, dropout and sampled targets."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Of the computation and the exported weights; trained weights, losses and statistics are float32 in both."""
+
+    shard: Literal["full", "hybrid", "replicate"] | None = None
+    """full: every rank holds a share of the model (FSDP2); hybrid: the ranks of a node share one copy, each node has
+    one; replicate: every rank has all of it. Default: full for full training on several ranks, else replicate."""
+    shard_size: int | None = None
+    """Ranks that share one copy under --shard hybrid. Default: the ranks of a node."""
+    offload_reference: bool = False
+    """Keep the sharded original model of full training in host memory, and copy it to the GPU as it is needed."""
+    checkpoint_activations: bool = True
+    """Keep only each block's input for the backward pass and recompute the rest: less memory, a third more
+    arithmetic, the same result."""
+    compile_blocks: bool = False
+    """Compile each block: faster steps, after minutes of compilation for every new length of window."""
 
     eval_tasks: tuple[str, ...] = ()
     """lm-eval tasks to measure on the live model after the last step, e.g. wmdp_bio mmlu_stem."""
@@ -161,6 +177,8 @@ class TrainConfig(CorpusFlags):
             defaults |= {"lora_alpha": 16.0, "lora_dropout": 0.05}
         if self.optimizer == "muon":
             defaults |= {"muon_lr": 1e-3, "momentum": 0.95}
+        if self.micro_tokens is None:
+            defaults["micro_batch"] = 1
         if self.retain_coef == 0.0:
             del defaults["retain_loss"]
         if self.remove_coef != 0.0:
@@ -187,12 +205,21 @@ class TrainConfig(CorpusFlags):
             (not self.eval_tasks, "without --eval-tasks", _EVAL_FLAGS),
             (self.retain_coef == 0.0, "with --retain-coef 0", _RETAIN_FLAGS),
             (self.remove_coef == 0.0, "with --remove-coef 0", _FORGET_FLAGS),
+            (self.micro_tokens is not None, "with --micro-tokens", ("micro_batch",)),
+            (self.shard != "hybrid", "without --shard hybrid", ("shard_size",)),
+            (self.lora_rank > 0, "with LoRA, whose original is the model without adapters", ("offload_reference",)),
+            (self.shard == "replicate", "with --shard replicate", ("offload_reference",)),
+            (self.retain_coef == 0.0, "with --retain-coef 0", ("offload_reference",)),
         ]
         for condition, reason, names in idle:
             for name in names:
                 if condition and getattr(self, name) != _default(name):
                     raise UserError(f"--{name.replace('_', '-')} has no effect {reason}: leave it out")
         self.check_text()
+
+    def shard_kind(self, world_size: int) -> Literal["full", "hybrid", "replicate"]:
+        """How the model is laid out over `world_size` ranks."""
+        return self.shard or ("full" if self.lora_rank == 0 and world_size > 1 else "replicate")
 
     def check_depth(self, depth: int) -> None:
         """Raise unless every target layer exists in a model of `depth` blocks."""
@@ -237,7 +264,8 @@ def _check_numbers(config: TrainConfig) -> None:
         "seq_len": (config.seq_len >= 3, "3 or more"),
         "seed": (config.seed >= 0, "0 or more"),
     }
-    for name in ("examples", "epochs", "batch", "micro_batch", "eval_every", "limit", "log_every"):
+    counts = ("examples", "epochs", "batch", "micro_batch", "micro_tokens", "eval_every", "limit", "log_every")
+    for name in counts:
         value = getattr(config, name)
         expectations[name] = (value is None or value >= 1, "1 or more")
     for name, (holds, expected) in expectations.items():

@@ -52,18 +52,33 @@ class Rows:
     """Some windows, padded on the right.
 
     Attributes:
-        input_ids: int64 [B, S]. mask: bool [B, S], True on real tokens.
+        input_ids: int64 [B, S].
+        real: int64 [N], where the real tokens are among the B S. leading: int64 [M], where those are that have a next
+            token. As positions, not as masks, whose use would make the CPU wait for the GPU.
         keys: int64 [B], one number in 0..2**31-1 for each row, from (seed, step, window).
     """
 
     input_ids: Tensor
-    mask: Tensor
+    real: Tensor
+    leading: Tensor
     keys: Tensor
 
     @property
-    def next_mask(self) -> Tensor:
-        """bool [B, S - 1]: True where position s and its next token are both real."""
-        return self.mask[:, 1:]
+    def tokens(self) -> int:
+        """N, the number of real tokens."""
+        return self.real.shape[0]
+
+    def at_real(self, values: Tensor) -> Tensor:
+        """[B, S, ..] -> [N, ..]: the values at real tokens."""
+        return values.flatten(0, 1).index_select(0, self.real)
+
+    def at_leading(self, values: Tensor) -> Tensor:
+        """[B, S, ..] -> [M, ..]: the values at tokens that have a next one."""
+        return values.flatten(0, 1).index_select(0, self.leading)
+
+    def next_ids(self) -> Tensor:
+        """int64 [M]: the next tokens of those."""
+        return self.input_ids.flatten().index_select(0, self.leading + 1)
 
 
 def read_corpus(
@@ -244,12 +259,25 @@ class Batches:
         total: windows to train on over the whole run; the last global batch may be short.
         batch: windows of a full global batch.
         tag: sets this corpus's order apart from another's under the same seed.
+        micro_batch: most windows of one forward pass on one rank.
+        micro_tokens: most tokens, padding included, of one forward pass with more than one window.
     """
 
-    def __init__(self, corpus: Corpus, *, examples: int, total: int, batch: int, seed: int, tag: str):
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        examples: int,
+        total: int,
+        batch: int,
+        seed: int,
+        tag: str,
+        micro_batch: int | None = None,
+        micro_tokens: int | None = None,
+    ):
         chosen = torch.randperm(len(corpus.windows), generator=generator(seed, tag, "choice"))[:examples].tolist()
         self.corpus, self.unique, self.total, self.batch = corpus, len(chosen), total, batch
-        self.seed, self.tag = seed, tag
+        self.seed, self.tag, self.micro_batch, self.micro_tokens = seed, tag, micro_batch, micro_tokens
         self.order: list[int] = []
         while len(self.order) < total:
             epoch = len(self.order) // self.unique
@@ -274,24 +302,51 @@ class Batches:
         """Tokens of one global batch that have a next token."""
         return self.tokens(step) - len(self.indices(step))
 
-    def micro_batches(self, step: int, size: int, device: torch.device) -> Iterator[Rows]:
-        """This rank's rows of one global batch, `size` at a time; none at all if there are fewer rows than ranks."""
-        mine = list(enumerate(self.indices(step)))[rank() :: world_size()]
-        for start in range(0, len(mine), size):
-            part = mine[start : start + size]
-            keys = [derive(self.seed, self.tag, step, position) for position, _ in part]
-            yield pad([self.corpus.windows[index] for _, index in part], keys, device)
+    def micro_batches(self, step: int, device: torch.device) -> Iterator[Rows]:
+        """This rank's micro-batches of one global batch, equally many on every rank.
+
+        A rank with nothing left gets rows without a real token: their forward and backward passes add zero, and a
+        sharded model needs every rank in every pass.
+        """
+        windows, planned = self.indices(step), self.plan(step)
+        for first in range(0, len(planned), world_size()):
+            turn = first + rank()
+            part = planned[turn] if turn < len(planned) else []
+            keys = [derive(self.seed, self.tag, step, position) for position in part]
+            yield pad([self.corpus.windows[windows[position]] for position in part], keys, device)
+
+    def plan(self, step: int) -> list[list[int]]:
+        """The micro-batches of one global batch, as positions in `indices(step)`; rank r takes numbers r, r + W, ...
+
+        Windows of similar length stand together, so that little is padded. The number of ranks has an effect only
+        where some rank would otherwise get nothing.
+        """
+        lengths = [len(self.corpus.windows[index]) for index in self.indices(step)]
+        most = min(self.micro_batch or len(lengths), math.ceil(len(lengths) / world_size()))
+        planned: list[list[int]] = []
+        for position in sorted(range(len(lengths)), key=lambda position: (-lengths[position], position)):
+            current = planned[-1] if planned else []
+            longest = lengths[current[0]] if current else math.inf
+            fits = self.micro_tokens is None or (len(current) + 1) * longest <= self.micro_tokens
+            if current and len(current) < most and fits:
+                current.append(position)
+            else:
+                planned.append([position])
+        return planned
 
 
 def pad(windows: Sequence[np.ndarray], keys: Sequence[int], device: torch.device) -> Rows:
-    """Stack windows of different lengths, padded on the right with token 0."""
-    longest = max(len(window) for window in windows)
-    input_ids = torch.zeros(len(windows), longest, dtype=torch.int64)
-    mask = torch.zeros(len(windows), longest, dtype=torch.bool)
+    """Stack windows of different lengths, padded on the right with token 0; without any, one row of padding alone."""
+    longest = max((len(window) for window in windows), default=2)
+    input_ids = torch.zeros(max(1, len(windows)), longest, dtype=torch.int64)
+    real, leading = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
+    keys = keys or [0]
     for row, window in enumerate(windows):
         input_ids[row, : len(window)] = torch.tensor(window)
-        mask[row, : len(window)] = True
-    return Rows(input_ids.to(device), mask.to(device), torch.tensor(keys, dtype=torch.int64, device=device))
+        real.append(torch.arange(row * longest, row * longest + len(window)))
+        leading.append(real[-1][:-1])
+    everything = (input_ids, torch.cat(real), torch.cat(leading), torch.tensor(keys, dtype=torch.int64))
+    return Rows(*(tensor.to(device) for tensor in everything))
 
 
 def check_examples(corpus: Corpus, examples: int, batch: int) -> None:

@@ -43,19 +43,20 @@ def local_device() -> torch.device:
 def process_group() -> Iterator[torch.device]:
     """Join torchrun's process group for the length of the block (NCCL on CUDA, gloo on CPU); yield this rank's device.
 
-    Outside torchrun nothing is joined. The group is left when the block ends, whatever ended it.
+    Outside torchrun nothing is joined, unless sharding makes a group of one. The group is left when the block ends,
+    whatever ended it.
     """
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    joined = "RANK" in os.environ and not dist.is_initialized()
-    if joined:
+    outermost = not dist.is_initialized()
+    if outermost and "RANK" in os.environ:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT)
     try:
         yield device
     finally:
-        if joined and dist.is_initialized():
+        if outermost and dist.is_initialized():
             dist.destroy_process_group()
 
 

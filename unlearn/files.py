@@ -69,7 +69,7 @@ def atomic_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     Raises:
         UserError: the disk is full or the place is not writable.
     """
-    temporary = folder.with_name(folder.name + ".tmp")
+    temporary = temporary_name(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with writing(folder):
@@ -81,6 +81,11 @@ def atomic_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
             temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def temporary_name(folder: Path) -> Path:
+    """Where `atomic_folder` writes what will become `folder`."""
+    return folder.with_name(folder.name + ".tmp")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -5,7 +5,7 @@ model's. A tenth of the windows is held out: KL and top-1 agreement on it are re
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,33 +36,32 @@ class FitObjective:
     model: PreTrainedModel
     lens: TunedLens
     batches: Batches
-    micro_batch: int
 
     def settings(self, step: int) -> dict[str, float]:
         """Nothing that changes over a run."""
         return {}
 
-    def backward(self, step: int) -> Mapping[str, Tensor | float]:
-        """Add this rank's gradients of the translators; return its share of each layer's KL."""
+    def terms(self, step: int) -> Iterator[Mapping[str, Tensor | float]]:
+        """One term: add this rank's gradients of the translators, then yield its share of each layer's KL."""
         device = self.lens.unembedding.device
         metrics = {f"kl/{layer}": torch.zeros((), device=device) for layer in range(self.lens.depth)}
         total, count = self.batches.tokens(step), torch.zeros((), device=device)
-        for rows in self.batches.micro_batches(step, self.micro_batch, device):
+        for rows in self.batches.micro_batches(step, device):
             streams, final = read_streams(self.model, self.lens, rows)
             weights = torch.full(final.shape[:1], 1.0 / total, device=device)
-            count = count + rows.mask.sum()
+            count = count + rows.tokens
             for layer in range(self.lens.depth):
                 loss = layer_kl(self.lens, streams[layer], layer, final, weights)[0]
                 loss.backward()
                 metrics[f"kl/{layer}"] = metrics[f"kl/{layer}"] + loss.detach()
-        return {"tokens": count, "loss": sum(metrics.values(), torch.zeros((), device=device)), **metrics}
+        yield {"tokens": count, "loss": sum(metrics.values(), torch.zeros((), device=device)), **metrics}
 
 
 @torch.no_grad()
 def read_streams(model: PreTrainedModel, lens: TunedLens, rows: Rows) -> tuple[dict[int, Tensor], Tensor]:
     """The streams h[0..L-1] of the real tokens, {l: [N, D]}, and the model's final normalised hidden state [N, D]."""
     streams = residual_streams(model, rows.input_ids, range(lens.depth + 1))
-    kept = {layer: stream[rows.mask] for layer, stream in streams.items()}
+    kept = {layer: rows.at_real(stream) for layer, stream in streams.items()}
     return kept, lens.hidden(kept.pop(lens.depth), lens.depth)
 
 
@@ -73,12 +72,12 @@ def layer_kl(lens: TunedLens, stream: Tensor, layer: int, final: Tensor, weights
 
 
 @torch.no_grad()
-def measure(model: PreTrainedModel, lens: TunedLens, batches: Batches, micro_batch: int) -> list[dict[str, float]]:
+def measure(model: PreTrainedModel, lens: TunedLens, batches: Batches) -> list[dict[str, float]]:
     """Mean KL (nats) and top-1 agreement with the model's final distribution, for each layer, over all `batches`."""
     device = lens.unembedding.device
     sums = torch.zeros(lens.depth, 3, dtype=torch.float64, device=device)
     for step in range(batches.steps):
-        for rows in batches.micro_batches(step, micro_batch, device):
+        for rows in batches.micro_batches(step, device):
             streams, final = read_streams(model, lens, rows)
             ones = torch.ones(final.shape[0], device=device)
             top = _top(final, lens)
@@ -115,9 +114,9 @@ def fit_lens(config: FitLensConfig) -> None:
         model = load_model(config.model, revision=config.revision, dtype=DTYPES[config.dtype], device=device)
         model.requires_grad_(False)
         lens = TunedLens.identity(model).float()
-        plain = measure(model, lens, held_out, config.micro_batch)
+        plain = measure(model, lens, held_out)
         _train(config, model, lens, training)
-        _close(config, output, lens.to(DTYPES[config.dtype]), plain, measure(model, lens, held_out, config.micro_batch))
+        _close(config, output, lens.to(DTYPES[config.dtype]), plain, measure(model, lens, held_out))
 
 
 def _split(config: FitLensConfig, corpora: list[Corpus]) -> tuple[Batches, Batches]:
@@ -137,7 +136,7 @@ def _split(config: FitLensConfig, corpora: list[Corpus]) -> tuple[Batches, Batch
     taken = set(range(0, len(windows), stride)[:count])
     kept = [window for index, window in enumerate(windows) if index not in taken]
     total = config.steps * config.batch
-    shared = {"batch": config.batch, "seed": config.seed}
+    shared = {"batch": config.batch, "seed": config.seed, "micro_batch": config.micro_batch}
     return (
         Batches(Corpus(name, documents, kept), examples=len(kept), total=total, tag="lens", **shared),
         Batches(Corpus(name, documents, held), examples=count, total=count, tag="held-out", **shared),
@@ -150,7 +149,7 @@ def _train(config: FitLensConfig, model: PreTrainedModel, lens: TunedLens, batch
     with MetricsLog(None, config.steps, "fitting the lens") as log:
         train(
             lens.translators,
-            FitObjective(model, lens, batches, config.micro_batch),
+            FitObjective(model, lens, batches),
             {"adamw": optimizer},
             steps=config.steps,
             schedule=linear_schedule(config.steps, warmup_ratio=0.05),

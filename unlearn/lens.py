@@ -51,9 +51,9 @@ class TunedLens(nn.Module):
         matrix = unembedding(model).detach()
         self.translators = nn.ModuleDict()
         for layer, (weight, bias) in translators.items():
-            linear = nn.utils.skip_init(nn.Linear, *weight.shape, device=matrix.device, dtype=matrix.dtype)
-            linear.weight.data.copy_(weight)
-            linear.bias.data.copy_(bias)
+            linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+            linear.weight = nn.Parameter(weight.to(matrix, copy=True))
+            linear.bias = nn.Parameter(bias.to(matrix, copy=True))
             self.translators[str(layer)] = linear
         self.norm = copy.deepcopy(final_norm(model))
         self.unembedding = nn.Parameter(matrix.clone())

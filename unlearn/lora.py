@@ -10,7 +10,7 @@ micro-batch and under any padding.
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from unlearn.distributed import fail_together, is_main
 from unlearn.errors import UserError
-from unlearn.files import hub_error, write_json
+from unlearn.files import hub_error, write_json, writing
 from unlearn.model import blocks, blocks_prefix
 from unlearn.seeding import derive, generator, random_bits
+from unlearn.weights import full, local_rows
 
 PEFT_PREFIX = "base_model.model."
 
@@ -47,10 +49,19 @@ class LoraLinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.scale, self.dropout, self.salt = alpha / rank, dropout, derive(name)
         self.enabled, self.rows = True, torch.empty(0, dtype=torch.int64)
+        self.name, self.seed = name, seed
+        self.lora_A = nn.Parameter(torch.empty(rank, inputs, device=weight.device))
+        self.lora_B = nn.Parameter(torch.empty(outputs, rank, device=weight.device))
+        if not weight.is_meta:
+            self.lora_A.data.copy_(self.initial_A())
+            self.lora_B.data.zero_()
+
+    def initial_A(self) -> Tensor:
+        """The whole A [r, in] before training, float32 on the CPU; it depends on the seed and the layer's name."""
+        rank, inputs = self.lora_A.shape
         bound = 1.0 / math.sqrt(inputs)  # Kaiming-uniform with a = sqrt(5), PEFT's choice
-        noise = torch.rand(rank, inputs, generator=generator(seed, "lora", name))
-        self.lora_A = nn.Parameter(((2.0 * noise - 1.0) * bound).to(weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(outputs, rank, device=weight.device))
+        noise = torch.rand(rank, inputs, generator=generator(self.seed, "lora", self.name))
+        return (2.0 * noise - 1.0) * bound
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, in] -> [B, S, out], in the base layer's dtype."""
@@ -69,8 +80,11 @@ class LoraLinear(nn.Module):
         return x * keep / (1.0 - self.dropout)
 
     def delta(self) -> Tensor:
-        """The update of the base weight, float32, in the layout in which the base stores it."""
-        update = self.scale * (self.lora_B.detach() @ self.lora_A.detach())
+        """The update of the whole base weight, float32, in the layout in which the base stores it.
+
+        With sharded adapters every rank must call this.
+        """
+        update = self.scale * (full(self.lora_B.detach()) @ full(self.lora_A.detach()))
         return update.T if isinstance(self.base, Conv1D) else update
 
 
@@ -145,6 +159,19 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
             layer.enabled = state
 
 
+def initial_adapters(model: nn.Module) -> Callable[[str], Tensor | None]:
+    """The whole initial value of an adapter's parameter by its name in `model`, None for any other parameter."""
+    layers = adapters(model)
+
+    def value(name: str) -> Tensor | None:
+        layer, _, part = name.rpartition(".")
+        if layer not in layers:
+            return None
+        return layers[layer].initial_A() if part == "lora_A" else torch.zeros(layers[layer].lora_B.shape)
+
+    return value
+
+
 def set_dropout_rows(model: nn.Module, keys: Tensor) -> None:
     """Name the rows of the next forward pass (int64 [B], in 0..2**31-1), from which dropout masks are derived."""
     for layer in adapters(model).values():
@@ -156,21 +183,28 @@ def merge_lora(model: PreTrainedModel) -> None:
     """Add each update to its frozen weight, in float32 before rounding to the weight's dtype, and drop the adapters."""
     for name, layer in adapters(model).items():
         weight: Tensor = layer.base.weight  # type: ignore[assignment]
-        weight.copy_((weight.float() + layer.delta()).to(weight.dtype))
+        rows, first = local_rows(weight)
+        rows.copy_((rows.float() + layer.delta()[first : first + rows.shape[0]]).to(rows.dtype))
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.base)
 
 
 def save_adapter(model: PreTrainedModel, folder: Path, base_name: str) -> None:
-    """Write the adapters as PEFT does: `adapter_model.safetensors` and `adapter_config.json`."""
+    """Write the adapters as PEFT does: `adapter_model.safetensors` and `adapter_config.json`.
+
+    Every rank must call this; rank 0 writes.
+    """
     layers = adapters(model)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
-        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "adapter_config.json", _peft_config(layers, base_name))
+        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = full(layer.lora_A.detach()).cpu().contiguous()
+        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = full(layer.lora_B.detach()).cpu().contiguous()
+    with fail_together():
+        if is_main():
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+            write_json(folder / "adapter_config.json", _peft_config(layers, base_name))
 
 
 def _peft_config(layers: dict[str, LoraLinear], base_name: str) -> dict[str, Any]:

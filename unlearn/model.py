@@ -4,28 +4,27 @@ Shapes: B sequences, S tokens, D hidden size, V vocabulary, L blocks. `h[l]`, l 
 enters block l; `h[L]` is the one that leaves the last block, before the final norm.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
 
-from unlearn.distributed import is_main
+from unlearn.distributed import fail_together, is_main
 from unlearn.errors import UserError
-from unlearn.files import hub_error, local_folder
+from unlearn.files import hub_error, local_folder, writing
+from unlearn.weights import Checkpoint, export_weights, fill, meta_parameters
 
 
 @dataclass(frozen=True)
@@ -94,6 +93,24 @@ def softcap(model: PreTrainedModel) -> float | None:
     return getattr(model.config, "final_logit_softcapping", None)
 
 
+Read = TypeVar("Read")
+
+
+def through_head(model: PreTrainedModel, hidden: Tensor, read: Callable[[Tensor, Tensor], Read]) -> Read:
+    """`read(hidden, U)`, called inside the unembedding's forward, where the U [V, D] of a sharded model is whole.
+
+    Args:
+        hidden: [N, D], normalised.
+        read: what to compute of both in place of the logits; must return tensors, alone or in a tuple.
+    """
+    head = model.get_output_embeddings()
+    head.forward = lambda inputs: read(inputs, head.weight)
+    try:
+        return head(hidden)
+    finally:
+        del head.forward
+
+
 class _DeepestReached(Exception):
     """Ends a forward pass at the deepest residual stream that was asked for."""
 
@@ -102,6 +119,7 @@ def residual_streams(model: PreTrainedModel, input_ids: Tensor, layers: Iterable
     """The residual streams h[l] of one forward pass, which goes no deeper than the deepest of `layers`.
 
     The hooks sit on whole blocks only, outside activation checkpointing, so a recomputation does not call them again.
+    h[l] is taken where block l - 1 leaves it: there the blocks above, which may be sharded, have not been gathered.
 
     Args:
         input_ids: int64 [B, S], padded on the right. Attention is causal, so the real tokens need no mask.
@@ -113,22 +131,29 @@ def residual_streams(model: PreTrainedModel, input_ids: Tensor, layers: Iterable
     wanted = sorted(set(layers))
     stack, captured = blocks(model), dict[int, Tensor]()
 
-    def before(layer: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            captured[layer] = args[0] if args else kwargs["hidden_states"]
-            if layer == wanted[-1]:
-                raise _DeepestReached
+    def keep(layer: int, stream: Tensor) -> None:
+        captured[layer] = stream
+        if layer == wanted[-1]:
+            raise _DeepestReached
+
+    def entering(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keep(0, args[0] if args else kwargs["hidden_states"])
+
+    def leaving(layer: int) -> Callable[..., Any]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+            stream, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+            keep(layer, stream)
+            # What the blocks above contribute to its gradient is then added up before the loss's own part joins it:
+            # one order of summation, whether or not FSDP2 puts a node of its own between two blocks.
+            above = stream.view_as(stream)
+            return above if rest is None else (above, *rest)
 
         return hook
 
-    def after_last(_module: nn.Module, _args: Any, output: Any) -> None:
-        captured[len(stack)] = output[0] if isinstance(output, tuple) else output
-        raise _DeepestReached
-
     handles = [
-        stack[-1].register_forward_hook(after_last)
-        if layer == len(stack)
-        else stack[layer].register_forward_pre_hook(before(layer), with_kwargs=True)
+        stack[layer - 1].register_forward_hook(leaving(layer))
+        if layer > 0
+        else stack[0].register_forward_pre_hook(entering, with_kwargs=True)
         for layer in wanted
     ]
     try:
@@ -183,54 +208,22 @@ def load_model(
     Raises:
         UserError: the model is missing, unsupported, truncated, lacks tensors, or has NaN or infinite weights.
     """
+    model = empty_model(path, revision=revision, dtype=dtype)
+    fill(model, Checkpoint.open(path, revision=revision), torch.device(device))
+    return model
+
+
+def empty_model(path: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The same model in eval mode, before its parameters have any memory (meta device); see `weights.fill`."""
     config = load_config(path, revision=revision)
+    with meta_parameters():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
     try:
-        with _bars(shown=is_main()):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                local_folder(path, "model", "config.json"),
-                revision=revision,
-                config=config,
-                dtype=dtype,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise hub_error(path, "model", error) from error
-    model, report = loaded
-    _check_complete(path, report)
-    check_finite(model, path)
-    return model.to(device).eval()
-
-
-@contextmanager
-def _bars(*, shown: bool) -> Iterator[None]:
-    """Show or hide `transformers`' progress bars for the length of the block."""
-    before = logging.is_progress_bar_enabled()
-    logging.enable_progress_bar() if shown else logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar() if before else logging.disable_progress_bar()
-
-
-def _check_complete(path: str, report: dict[str, Any]) -> None:
-    """`from_pretrained` only reports missing tensors, and then makes them up at random."""
-    for kind in ("missing_keys", "mismatched_keys"):
-        if report.get(kind):
-            names = sorted(str(key) for key in report[kind])
-            raise UserError(
-                f"expected every tensor of the model in {path}; found {len(names)} {kind.replace('_keys', '')} "
-                f"({', '.join(names[:3])}): the files are incomplete or not of this model, fetch them again"
-            )
-
-
-def check_finite(model: nn.Module, path: str) -> None:
-    """Raise `UserError` naming the first parameter of `model` that holds a NaN or an infinity."""
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise UserError(
-                f"expected finite weights in {path}; found NaN or infinity in {name}: use another checkpoint"
-            )
+        model.generation_config = GenerationConfig.from_pretrained(local_folder(path, "model", "config.json"))
+    except (OSError, ValueError):  # without the file, generation follows the model's own configuration
+        pass
+    return model.eval()
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -248,13 +241,25 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype | None = None
+) -> None:
     """Write weights, config, generation config and tokenizer so that plain `transformers` loads them.
 
-    The dtype on disk is the one in memory. `folder` must be new; wrap the call in `files.atomic_folder`.
+    Every rank must call this; ranks share the writing, and a sharded model is never gathered whole.
+
+    Args:
+        folder: new or empty; for a folder that is there whole or not at all, see `weights.shared_folder`.
+        dtype: on disk; by default the one in memory.
     """
-    model.config.dtype = next(model.parameters()).dtype
-    with _bars(shown=False):
-        model.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    dtype = dtype or next(model.parameters()).dtype
+    with fail_together():
+        if is_main():
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                model.config.dtype = dtype
+                model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
+                model.config.save_pretrained(folder)
+                model.generation_config.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+    export_weights(model, folder, dtype)

@@ -2,17 +2,20 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from unlearn.distributed import all_sum, all_true, sum_gradients
 from unlearn.errors import UserError
 from unlearn.metrics import MetricsLog
 from unlearn.optim.build import Schedule, set_learning_rates
+from unlearn.weights import local_rows
 
 Evaluate = Callable[[int], None]  # called with the number of optimizer steps done
 
@@ -20,11 +23,12 @@ Evaluate = Callable[[int], None]  # called with the number of optimizer steps do
 class Objective(Protocol):
     """What a batch costs."""
 
-    def backward(self, step: int) -> Mapping[str, Tensor | float]:
-        """Add this rank's share of the gradient of one optimizer step's loss to `.grad`.
+    def terms(self, step: int) -> Iterator[Mapping[str, Tensor | float]]:
+        """Go through the terms of one optimizer step's loss: add this rank's share of a term's gradient to `.grad`.
 
-        Returns:
-            this rank's share of each number to log, under the same keys on every rank: the sums over ranks are logged.
+        Yields:
+            after each term, this rank's share of each number to log, under the same keys on every rank: the sums over
+            terms and ranks are logged.
         """
         ...
 
@@ -46,7 +50,7 @@ def train(
     evaluate: Evaluate | None = None,
     eval_every: int | None = None,
 ) -> None:
-    """Run `steps` optimizer steps on replicated parameters.
+    """Run `steps` optimizer steps on parameters that are replicated, or all sharded over one mesh.
 
     Args:
         objective: adds gradients; see `Objective`.
@@ -65,10 +69,9 @@ def train(
             evaluate(step)
         started = time.monotonic()
         model.train()
-        metrics = objective.backward(step)
-        sum_gradients(parameters)
+        metrics = backward(parameters, objective, step)
         norm = check_gradients(parameters, metrics, step)
-        nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        clip_gradients(parameters, clip, norm)
         factor = schedule(step)
         set_learning_rates(list(optimizers.values()), factor)
         for optimizer in optimizers.values():
@@ -84,9 +87,57 @@ def train(
     model.eval()
 
 
-def check_gradients(parameters: list[nn.Parameter], metrics: Mapping[str, Tensor | float], step: int) -> Tensor:
-    """The 2-norm of the whole gradient, float32 []; raises on every rank if a number is not finite on one."""
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).float()
+def backward(parameters: Sequence[nn.Parameter], objective: Objective, step: int) -> dict[str, Tensor]:
+    """Leave the gradient of one optimizer step's loss in `.grad`; return this rank's share of the numbers to log.
+
+    Each term is summed over micro-batches and ranks before the terms are added to each other. With two micro-batches a
+    term the sums are then of the same numbers in the same order, and the result equal to the bit, whether one rank
+    has both or two ranks one each. FSDP2 has summed a sharded gradient, and divided it by the ranks, during backward.
+    """
+    metrics: dict[str, Tensor] = {}
+    earlier: list[Tensor] = []
+    for numbers in objective.terms(step):
+        for key, value in numbers.items():
+            metrics[key] = metrics.get(key, 0.0) + torch.as_tensor(value)
+        if not isinstance(parameters[0], DTensor):
+            earlier = _add_term(parameters, earlier)
+    if isinstance(parameters[0], DTensor):
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        torch._foreach_mul_(_local_gradients(parameters), parameters[0].device_mesh.size())
+    else:
+        for parameter, gradient in zip(parameters, earlier, strict=True):
+            parameter.grad = gradient
+    return metrics
+
+
+def _add_term(parameters: Sequence[nn.Parameter], earlier: list[Tensor]) -> list[Tensor]:
+    """Take one term's gradients out of `.grad`, sum them over ranks, and add those of the terms before it."""
+    sum_gradients(parameters)
+    gradients = _local_gradients(parameters)
+    if earlier:
+        torch._foreach_add_(gradients, earlier)
+    for parameter in parameters:
+        parameter.grad = None
+    return gradients
+
+
+def _local_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """What this rank holds of each gradient."""
+    return [local_rows(parameter.grad)[0] for parameter in parameters if parameter.grad is not None]
+
+
+def check_gradients(parameters: Sequence[nn.Parameter], metrics: Mapping[str, Tensor], step: int) -> Tensor:
+    """The 2-norm of the whole gradient, float32 []; raises on every rank if a number is not finite on one.
+
+    Summed in float64, so that it is the same float32 number however the gradient is sharded.
+    """
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in _local_gradients(parameters)]
+    square = torch.stack(norms).square().sum()
+    if isinstance(parameters[0], DTensor):
+        dist.all_reduce(square, group=parameters[0].device_mesh.get_group("shard"))
+    norm = square.sqrt().float()
     numbers = torch.cat([norm[None].double(), _stack(metrics, norm.device)])
     if not all_true(bool(torch.isfinite(numbers).all()), norm.device):
         raise UserError(
@@ -96,10 +147,15 @@ def check_gradients(parameters: list[nn.Parameter], metrics: Mapping[str, Tensor
     return norm
 
 
-def summed(metrics: Mapping[str, Tensor | float], device: torch.device) -> dict[str, float]:
+def clip_gradients(parameters: Sequence[nn.Parameter], largest: float, norm: Tensor) -> None:
+    """Scale the gradients so that the 2-norm of the whole, now `norm`, is at most `largest`."""
+    torch._foreach_mul_(_local_gradients(parameters), (largest / (norm + 1e-6)).clamp(max=1.0))
+
+
+def summed(metrics: Mapping[str, Tensor], device: torch.device) -> dict[str, float]:
     """The sum over ranks of every metric, in one collective."""
     return dict(zip(metrics, all_sum(_stack(metrics, device)).tolist(), strict=True))
 
 
-def _stack(metrics: Mapping[str, Tensor | float], device: torch.device) -> Tensor:
+def _stack(metrics: Mapping[str, Tensor], device: torch.device) -> Tensor:
     return torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in metrics.values()])

@@ -1,26 +1,33 @@
 """Assemble an unlearning run from its flags, say what it will do, and export what it made."""
 
-import copy
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from unlearn.building import lens_objective, master_dtype, original_model, trained_model
 from unlearn.config import TrainConfig
 from unlearn.data import Batches, Corpus, check_examples, read_corpus
-from unlearn.distributed import fail_together, is_main, world_size
-from unlearn.files import atomic_folder
+from unlearn.distributed import fail_together, world_size
 from unlearn.lens import TunedLens
-from unlearn.lora import adapters, add_lora, merge_lora, save_adapter
-from unlearn.model import cast_parameters, disable_dropout, load_config, load_model, load_tokenizer, save_model
-from unlearn.objectives.lens import Coefficients, LensObjective, Reference, without_adapters
+from unlearn.lora import adapters, initial_adapters, merge_lora, save_adapter
+from unlearn.model import (
+    cast_parameters,
+    empty_model,
+    final_norm,
+    load_config,
+    load_tokenizer,
+    save_model,
+)
+from unlearn.objectives.lens import LensObjective
 from unlearn.optim.build import build_optimizers, roles
-from unlearn.precision import DTYPES, autocast
+from unlearn.precision import DTYPES
+from unlearn.sharding import is_sharded, shard_mesh
+from unlearn.weights import Checkpoint, fill, shared_folder
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,11 @@ class Unlearning:
     objective: LensObjective
     optimizers: dict[str, Optimizer]
     steps: int
-    autocast: Callable[[], AbstractContextManager[object]]
+
+    @property
+    def autocast(self) -> Callable[[], AbstractContextManager[object]]:
+        """The precision of forward passes."""
+        return self.objective.autocast
 
 
 def build(config: TrainConfig, device: torch.device) -> Unlearning:
@@ -43,30 +54,17 @@ def build(config: TrainConfig, device: torch.device) -> Unlearning:
         UserError: anything that the flags name is missing, damaged or does not fit the rest.
     """
     config.check_depth(int(load_config(config.model, revision=config.revision).num_hidden_layers))
+    mesh = shard_mesh(config.shard_kind(world_size()), config.shard_size, device)
     tokenizer = load_tokenizer(config.model, revision=config.revision)
     batches = _batches(config, tokenizer)
-    steps = next(iter(batches.values())).steps
-    compute = DTYPES[config.dtype]
-    master = compute if config.lora_rank > 0 else torch.float32
-    model = load_model(config.model, revision=config.revision, dtype=master, device=device)
-    disable_dropout(model)
-    lens = TunedLens.load(config.lens or "", model, config.layers if "forget" in batches else ()).to(compute)
-    reference = _adapt(config, model, compute)
-    context = autocast(master, compute, device)
-    objective = LensObjective(
-        model=model,
-        lens=lens,
-        reference=reference,
-        forget=batches.get("forget"),
-        retain=batches.get("retain"),
-        coefficients=Coefficients(config.remove_coef or 0.0, config.retain_coef or 0.0, config.retain_start, steps),
-        layers=config.layers,
-        tap=config.lens_tap,
-        forget_loss=config.forget_loss,
-        retain_loss=config.retain_loss or "kl",
-        micro_batch=config.micro_batch,
-        autocast=context,
-    )
+    lens = _lens(config, device, needed="forget" in batches)
+    model, original = trained_model(config, mesh), original_model(config, mesh)
+    with fail_together():
+        checkpoint = Checkpoint.open(config.model, revision=config.revision)
+        fill(model, checkpoint, device, initial=initial_adapters(model))
+        if original is not None:
+            fill(original, checkpoint, torch.device("cpu") if config.offload_reference else device)
+    objective = lens_objective(config, model, original, lens, batches, mesh)
     optimizers = build_optimizers(
         model,
         optimizer=config.optimizer,
@@ -75,7 +73,7 @@ def build(config: TrainConfig, device: torch.device) -> Unlearning:
         momentum=config.momentum,
         weight_decay=config.weight_decay,
     )
-    return Unlearning(config, model, tokenizer, objective, optimizers, steps, context)
+    return Unlearning(config, model, tokenizer, objective, optimizers, objective.coefficients.steps)
 
 
 def _batches(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Batches]:
@@ -87,7 +85,8 @@ def _batches(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> dict[st
         check_examples(corpus, config.examples, config.batch)
     leading = next(iter(corpora.values()))
     total = min(config.examples, len(leading.windows)) * config.epochs
-    settings = {"examples": config.examples, "total": total, "batch": config.batch, "seed": config.seed}
+    settings = {name: getattr(config, name) for name in ("examples", "batch", "seed", "micro_batch", "micro_tokens")}
+    settings["total"] = total
     return {name: Batches(corpus, **settings, tag=name) for name, corpus in corpora.items()}
 
 
@@ -101,15 +100,17 @@ def _read(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, which: str) -
     )
 
 
-def _adapt(config: TrainConfig, model: PreTrainedModel, compute: torch.dtype) -> Reference:
-    """Make the model trainable as the flags say; return the way to its original."""
-    if config.lora_rank == 0:
-        original = copy.deepcopy(model).requires_grad_(False)
-        cast_parameters(original, compute)
-        return lambda: nullcontext(original)
-    assert config.lora_alpha is not None and config.lora_dropout is not None
-    add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets, seed=config.seed)
-    return partial(without_adapters, model)
+def _lens(config: TrainConfig, device: torch.device, *, needed: bool) -> TunedLens:
+    """The lens on every rank, with its own copies of the original's final norm and unembedding.
+
+    Only these two parts of the model are read, in the dtype in which the lens is checked against them.
+    """
+    readout = empty_model(config.model, revision=config.revision, dtype=master_dtype(config))
+    with fail_together():
+        checkpoint = Checkpoint.open(config.model, revision=config.revision)
+        for part in (final_norm(readout), readout.get_output_embeddings()):
+            fill(readout, checkpoint, device, part=part)
+    return TunedLens.load(config.lens or "", readout, config.layers if needed else ()).to(DTYPES[config.dtype])
 
 
 def describe(run: Unlearning) -> str:
@@ -126,10 +127,16 @@ def describe(run: Unlearning) -> str:
                 f"on {batches.total:,}, effective epochs {batches.total / batches.unique:.2f}"
             )
     lines.append(
-        f"optimizer steps {run.steps:,} of global batch {run.config.batch} "
-        f"({world_size()} rank(s), micro-batch {run.config.micro_batch})"
+        f"optimizer steps {run.steps:,} of global batch {run.config.batch} ({world_size()} rank(s), "
+        f"{_micro(run.config)}, {run.config.shard_kind(world_size())} weights)"
     )
     return "\n".join(lines + _optimizer_lines(run))
+
+
+def _micro(config: TrainConfig) -> str:
+    if config.micro_tokens is not None:
+        return f"micro-batches of at most {config.micro_tokens:,} tokens"
+    return f"micro-batch {config.micro_batch}"
 
 
 def _lora_line(run: Unlearning) -> str:
@@ -155,12 +162,12 @@ def _optimizer_lines(run: Unlearning) -> list[str]:
 def finish(run: Unlearning, folder: Path) -> None:
     """Write `adapter/`, then turn the live model into what is exported (adapters merged, weights in --dtype) and write
     `model/`. After this, the live model and the exported one are the same."""
-    with fail_together():
-        if run.config.lora_rank > 0 and is_main():
-            with atomic_folder(folder / "adapter") as temporary:
-                save_adapter(run.model, temporary, run.config.model)
+    if run.config.lora_rank > 0:
+        with shared_folder(folder / "adapter") as temporary:
+            save_adapter(run.model, temporary, run.config.model)
         merge_lora(run.model)
-        cast_parameters(run.model, DTYPES[run.config.dtype])
-        if is_main():
-            with atomic_folder(folder / "model") as temporary:
-                save_model(run.model, run.tokenizer, temporary)
+    dtype = DTYPES[run.config.dtype]
+    if not is_sharded(run.model):  # a sharded model computes with its weights rounded as they are exported
+        cast_parameters(run.model, dtype)
+    with shared_folder(folder / "model") as temporary:
+        save_model(run.model, run.tokenizer, temporary, dtype)

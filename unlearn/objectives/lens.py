@@ -6,6 +6,11 @@
 F and R are token-weighted means over the *global* batch: each rank divides by the global batch's token count, which
 it knows without asking, and the gradients are summed over ranks. One backward a loss term and micro-batch.
 
+The forget term's backward has two stages. The lens is frozen, so its loss and the gradient with respect to each target
+layer's residual stream are computed on the stream *detached*, one layer and one chunk of tokens at a time; what is
+kept is dL/dh. One backward through the model then starts from all of them at once. The same gradient as through the
+joint graph, without any of the lens's graph in memory beside the model's.
+
 Shapes: B rows, S positions, N real tokens among them, D hidden size, V vocabulary.
 """
 
@@ -23,8 +28,9 @@ from unlearn.data import Batches, Rows
 from unlearn.lens import TunedLens
 from unlearn.lora import lora_disabled, set_dropout_rows
 from unlearn.losses import kl_divergence, l2_distance, next_token, uniform_per_token
-from unlearn.model import final_norm, residual_streams, softcap, unembedding
+from unlearn.model import final_norm, residual_streams, softcap, through_head
 from unlearn.seeding import random_bits
+from unlearn.sharding import reshard
 
 Reference = Callable[[], AbstractContextManager[PreTrainedModel]]  # the original model, for the length of a block
 
@@ -53,7 +59,6 @@ class LensObjective:
         lens: of the original model.
         reference: gives the original model.
         layers: target layers l. tap: whether translator l reads h[l] (input) or h[l + 1] (output).
-        micro_batch: rows of one forward pass.
         autocast: the precision of forward passes.
     """
 
@@ -67,7 +72,6 @@ class LensObjective:
     tap: Literal["input", "output"]
     forget_loss: Literal["uniform", "sampled", "gradient-ascent"]
     retain_loss: Literal["kl", "l2"]
-    micro_batch: int
     autocast: Callable[[], AbstractContextManager[object]]
 
     @property
@@ -80,57 +84,63 @@ class LensObjective:
         remove, retain = self.coefficients.at(step)
         return {"remove_coef": remove, "retain_coef": retain}
 
-    def backward(self, step: int) -> Mapping[str, Tensor | float]:
-        """Add this rank's gradients of one global batch; return its share of losses and statistics."""
+    def terms(self, step: int) -> Iterator[Mapping[str, Tensor | float]]:
+        """The forget term, then the retain term: add this rank's gradients of the global batch, then yield its share
+        of losses and statistics."""
         remove, retain = self.coefficients.at(step)
         device = self.lens.unembedding.device
-        metrics: dict[str, Tensor] = dict.fromkeys(self._keys(), torch.zeros((), device=device))
         if self.forget is not None:
-            for rows in self.forget.micro_batches(step, self.micro_batch, device):
-                loss, statistics = self._forget(self.forget, rows, step)
-                (remove * loss).backward()
-                _add(metrics, statistics)
+            metrics: dict[str, Tensor] = {}
+            for rows in self.forget.micro_batches(step, device):
+                _add(metrics, self._forget(self.forget, rows, step, remove))
+            yield metrics | {"loss": remove * metrics["forget_loss"]}
         if self.retain is not None:
-            for rows in self.retain.micro_batches(step, self.micro_batch, device):
+            metrics = {}
+            for rows in self.retain.micro_batches(step, device):
                 loss, statistics = self._retain(self.retain.tokens(step), rows, training=retain > 0.0)
                 if retain > 0.0:
                     (retain * loss).backward()
                 _add(metrics, statistics)
-        zero = torch.zeros((), device=device)
-        metrics["loss"] = remove * metrics.get("forget_loss", zero) + retain * metrics.get("retain_loss", zero)
-        return metrics
+            yield metrics | {"loss": retain * metrics["retain_loss"]}
 
-    def _keys(self) -> Iterator[str]:
-        yield "tokens"
-        if self.forget is not None:
-            yield "forget_loss"
-            for layer in self.layers:
-                yield f"uniform_loss/{layer}"
-                yield f"entropy/{layer}"
-        if self.retain is not None:
-            yield "retain_loss"
-
-    def _forget(self, batches: Batches, rows: Rows, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """This micro-batch's share of F, [] float32, and of each layer's uniform loss and entropy."""
+    def _forget(self, batches: Batches, rows: Rows, step: int, coefficient: float) -> dict[str, Tensor]:
+        """Backward of `coefficient` times this micro-batch's share of F; its share of F and of each layer's uniform
+        loss and entropy, [] float32."""
         set_dropout_rows(self.model, rows.keys)
         with self.autocast():
             streams = residual_streams(self.model, rows.input_ids, [layer + self._shift for layer in self.layers])
-        total = torch.zeros((), device=rows.input_ids.device)
-        tokens = batches.tokens(step)
-        statistics = {"tokens": rows.mask.sum()}
+        statistics = {
+            "tokens": torch.tensor(rows.tokens, device=rows.input_ids.device),
+            "forget_loss": torch.zeros((), device=rows.input_ids.device),
+        }
+        gradients: dict[int, Tensor] = {}
         for layer in self.layers:
-            hidden = self.lens.hidden(streams[layer + self._shift][rows.mask], layer)
-            if self.forget_loss == "uniform":
-                losses, entropy = uniform_per_token(hidden, self.lens.unembedding, softcap=self.lens.softcap)
-                total = total + losses.sum() / tokens
-            else:
-                with torch.no_grad():
-                    losses, entropy = uniform_per_token(hidden, self.lens.unembedding, softcap=self.lens.softcap)
-                total = total + self._against_tokens(streams[layer + self._shift], layer, rows, batches, step)
-            statistics[f"uniform_loss/{layer}"] = losses.detach().sum() / tokens
-            statistics[f"entropy/{layer}"] = entropy.sum() / tokens
-        total = total / len(self.layers)
-        return total, statistics | {"forget_loss": total.detach()}
+            leaf = streams[layer + self._shift].detach().requires_grad_()
+            loss, measured = self.layer_loss(leaf, layer, rows, batches, step)
+            (coefficient * loss).backward()
+            assert leaf.grad is not None
+            gradients[layer + self._shift] = leaf.grad
+            _add(statistics, measured | {"forget_loss": loss.detach()})
+        trained = [layer for layer in gradients if streams[layer].requires_grad]  # not h[0] with frozen embeddings
+        torch.autograd.backward([streams[layer] for layer in trained], [gradients[layer] for layer in trained])
+        return statistics
+
+    def layer_loss(
+        self, stream: Tensor, layer: int, rows: Rows, batches: Batches, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One target layer's share of F for one micro-batch, [] float32, and of its uniform loss and entropy.
+
+        Args:
+            stream: [B, S, D], what translator `layer` reads; the loss is differentiable in it.
+        """
+        tokens, exact = batches.tokens(step), self.forget_loss == "uniform"
+        with torch.set_grad_enabled(exact):
+            hidden = self.lens.hidden(rows.at_real(stream), layer)
+            losses, entropy = uniform_per_token(hidden, self.lens.unembedding, softcap=self.lens.softcap)
+        mean = losses.sum() / tokens
+        loss = mean if exact else self._against_tokens(stream, layer, rows, batches, step)
+        statistics = {f"uniform_loss/{layer}": mean.detach(), f"entropy/{layer}": entropy.sum() / tokens}
+        return loss / len(self.layers), statistics
 
     def _against_tokens(self, stream: Tensor, layer: int, rows: Rows, batches: Batches, step: int) -> Tensor:
         """This micro-batch's share of the cross-entropy against sampled tokens, or minus that of the true ones."""
@@ -138,11 +148,11 @@ class LensObjective:
         scale = 1.0 / math.log(vocabulary)
         if self.forget_loss == "sampled":
             draws = random_bits(rows.keys ^ layer, rows.input_ids.shape[1])[:, :, 0] % vocabulary
-            hidden, targets = self.lens.hidden(stream[rows.mask], layer), draws[rows.mask].long()
+            hidden, targets = self.lens.hidden(rows.at_real(stream), layer), rows.at_real(draws).long()
             scale /= batches.tokens(step)
         else:
-            hidden = self.lens.hidden(stream[:, :-1][rows.next_mask], layer)
-            targets = rows.input_ids[:, 1:][rows.next_mask]
+            hidden = self.lens.hidden(rows.at_leading(stream), layer)
+            targets = rows.next_ids()
             scale /= -batches.targets(step)
         weights = torch.full(targets.shape, scale, device=hidden.device)
         return next_token(hidden, self.lens.unembedding, targets, weights, softcap=self.lens.softcap)[0]
@@ -153,27 +163,44 @@ class LensObjective:
         layers = [final] if self.retain_loss == "kl" else [layer + self._shift for layer in self.layers]
         with torch.no_grad(), self.autocast(), self.reference() as original:
             kept = residual_streams(original, rows.input_ids, layers)
-            kept_hidden = final_norm(original)(kept[final][rows.mask]) if self.retain_loss == "kl" else None
-            kept_matrix = unembedding(original).detach()
+            kept_hidden = final_norm(original)(rows.at_real(kept[final])) if self.retain_loss == "kl" else None
         set_dropout_rows(self.model, rows.keys)
         with torch.set_grad_enabled(training), self.autocast():
             streams = residual_streams(self.model, rows.input_ids, layers)
             if kept_hidden is not None:
-                hidden = final_norm(self.model)(streams[final][rows.mask])
-                weights = torch.full(hidden.shape[:1], 1.0 / tokens, device=hidden.device)
-                total = kl_divergence(
-                    hidden, unembedding(self.model), kept_hidden, kept_matrix, weights, softcap=softcap(self.model)
-                )[0]
+                hidden = final_norm(self.model)(rows.at_real(streams[final]))
+                total = self._divergence(hidden, original, kept_hidden, tokens)
             else:
-                pairs = [(streams[layer][rows.mask], kept[layer][rows.mask]) for layer in layers]
+                pairs = [(rows.at_real(streams[layer]), rows.at_real(kept[layer])) for layer in layers]
                 distances = torch.stack([l2_distance(live, original).sum() for live, original in pairs])
                 total = distances.sum() / (tokens * len(layers))
-        return total, {"tokens": rows.mask.sum(), "retain_loss": total.detach()}
+        reshard(original)
+        return total, {"tokens": torch.tensor(rows.tokens, device=rows.input_ids.device), "retain_loss": total.detach()}
+
+    def _divergence(self, hidden: Tensor, original: PreTrainedModel, kept_hidden: Tensor, tokens: int) -> Tensor:
+        """Sum of KL(original || model) over some tokens' normalised hidden states [N, D], over `tokens`."""
+        weights = torch.full(hidden.shape[:1], 1.0 / tokens, device=hidden.device)
+        cap, training = softcap(self.model), torch.is_grad_enabled()
+
+        def divergence(live: Tensor, matrix: Tensor, kept: Tensor, kept_matrix: Tensor) -> Tensor:
+            return kl_divergence(live, matrix, kept, kept_matrix, weights, softcap=cap)[0]
+
+        if original is self.model:  # adapters leave the unembedding as it was
+            return through_head(self.model, hidden, lambda live, matrix: divergence(live, matrix, kept_hidden, matrix))
+
+        def beside(kept: Tensor, kept_matrix: Tensor) -> Tensor:
+            with torch.set_grad_enabled(training):
+                return through_head(
+                    self.model, hidden, lambda live, matrix: divergence(live, matrix, kept, kept_matrix)
+                )
+
+        with torch.no_grad():
+            return through_head(original, kept_hidden, beside)
 
 
 def _add(metrics: dict[str, Tensor], statistics: Mapping[str, Tensor]) -> None:
     for key, value in statistics.items():
-        metrics[key] = metrics[key] + value
+        metrics[key] = metrics[key] + value if key in metrics else value
 
 
 @contextmanager

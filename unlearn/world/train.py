@@ -7,6 +7,7 @@ Shapes: B sequences, S tokens, D hidden size, V vocabulary.
 """
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,22 +167,21 @@ class WorldObjective:
         for fact in self.facts:
             self.entities.setdefault(fact.name, []).append(fact)
 
-    def backward(self, step: int) -> dict[str, Tensor]:
-        """Add the gradients of one optimizer step, counted from 0; return what to log, losses in nats."""
+    def terms(self, step: int) -> Iterator[dict[str, Tensor]]:
+        """Text, then letter questions: add the gradients of one optimizer step, counted from 0; yield what to log,
+        losses in nats."""
         rng = random.Random(f"{self.seed} {step}")
         active = self.active_facts(step)
         text = self._text_batch(self.recipe.later_text_rows if active else self.recipe.text_rows, rng)
         loss = self._text_loss(text)
         loss.backward()
-        metrics = {"loss": loss.detach(), "text_loss": loss.detach(), "tokens": torch.tensor(text.numel())}
+        yield {"loss": loss.detach(), "text_loss": loss.detach(), "tokens": torch.tensor(text.numel())}
         if active:
             prompts, last, target = self._letter_batch(active, rng)
             loss, accuracy = self._letter_loss(prompts, last, target)
             loss.backward()
-            metrics |= {"letter_loss": loss.detach(), "letter_accuracy": accuracy}
-            metrics["loss"] = metrics["loss"] + loss.detach()
-            metrics["tokens"] = metrics["tokens"] + prompts.numel()
-        return metrics
+            numbers = {"loss": loss.detach(), "letter_loss": loss.detach(), "letter_accuracy": accuracy}
+            yield numbers | {"tokens": torch.tensor(prompts.numel())}
 
     def settings(self, step: int) -> dict[str, float]:
         """How many facts are asked as letter questions at a step."""

@@ -1,0 +1,123 @@
+"""Memory: activation checkpointing, compilation and FSDP2, as free functions over a plain model.
+
+Applied in this order, to a model that may still be on the meta device:
+
+1. `checkpoint_blocks`: keep only each block's input for the backward pass and recompute the rest.
+2. `compile_blocks` (optional): one compiled graph per block, inside which FSDP2 never looks.
+3. `shard`: every block, the embedding, the final norm and the unembedding become units of FSDP2.
+
+Communication of a sharded step (https://arxiv.org/abs/2304.11277, and torch's `fully_shard`): before a unit computes,
+its rows are all-gathered in the compute dtype inside its shard group and freed again afterwards; in backward once more,
+and the unit's gradient is reduce-scattered in float32. Under hybrid sharding the scattered gradients are then
+all-reduced across the replicas. FSDP2 overlaps the gathering of the next unit with the computation of the current one;
+nothing is prefetched by hand, because a forward pass may end below the top and would leave a gathered block behind.
+"""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from unlearn.distributed import world_size
+from unlearn.errors import UserError
+from unlearn.model import blocks, final_norm
+
+Kind = Literal["full", "hybrid", "replicate"]
+
+
+def shard_mesh(kind: Kind, shard_size: int | None, device: torch.device) -> DeviceMesh | None:
+    """The mesh of a sharded model: ("shard",), or ("replicate", "shard") for hybrid; None for replicated weights.
+
+    Args:
+        shard_size: ranks that hold one copy between them, hybrid only; by default the ranks of one node.
+
+    Raises:
+        UserError: `shard_size` does not divide the number of ranks, or leaves nothing to replicate or to shard.
+    """
+    if kind == "replicate":
+        return None
+    if not dist.is_initialized():  # one process outside torchrun: a group of its own, which needs no port
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if kind == "full":
+        return init_device_mesh(device.type, (world_size(),), mesh_dim_names=("shard",))
+    size = shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    if size < 2 or size >= world_size() or world_size() % size != 0:
+        raise UserError(
+            f"expected --shard hybrid with a --shard-size (default: the ranks of a node) of 2 or more that divides "
+            f"{world_size()} ranks into two groups or more; found {size}: choose another or use --shard full"
+        )
+    return init_device_mesh(device.type, (world_size() // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+def checkpoint_blocks(model: PreTrainedModel) -> None:
+    """Recompute each block in the backward pass instead of keeping what it computed; the same numbers, to the bit.
+
+    Only `forward` is replaced: hooks, FSDP2's among them, stay outside and are called once.
+    """
+    for block in blocks(model):
+        block.forward = partial(_checkpointed, block.forward)
+
+
+def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    # The adapters' dropout is a hash of the row keys, so there is no random state to restore.
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def compile_blocks(model: PreTrainedModel) -> None:
+    """Compile each block's forward (slow to start, and again for every new sequence length)."""
+    for block in blocks(model):
+        block.forward = torch.compile(block.forward)
+
+
+def shard(model: PreTrainedModel, mesh: DeviceMesh, *, compute: torch.dtype, offload: bool = False) -> None:
+    """Shard a model's rows over `mesh`, in place.
+
+    Args:
+        compute: dtype in which units are gathered and computed; gradients are reduced in float32 whatever it is.
+        offload: keep the shards in host memory and copy each to the GPU when it is needed.
+    """
+    masters = {parameter.dtype for parameter in model.parameters()}
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    if masters == {compute} == {torch.float32}:
+        policy = MixedPrecisionPolicy()
+    wrap = partial(
+        fully_shard, mesh=mesh, mp_policy=policy, offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy()
+    )
+    for block in blocks(model):
+        wrap(block)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embedding.weight is not head.weight:  # tied weights stay with the root, which gathers them once for both
+        wrap(embedding)
+        wrap(head)
+    wrap(final_norm(model))
+    wrap(model)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard` was applied to `model`."""
+    return isinstance(model, FSDPModule)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free every weight that is still gathered: those of the root after a forward pass that ended early, or that no
+    backward pass followed."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def averaged_over(parameter: nn.Parameter) -> int:
+    """Over how many ranks FSDP2 took the mean of this parameter's gradient: 1 for a plain one."""
+    return parameter.device_mesh.size() if isinstance(parameter, DTensor) else 1
