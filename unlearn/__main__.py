@@ -7,6 +7,7 @@ import tyro
 
 from unlearn.errors import run_command
 from unlearn.fit_config import FitLensConfig
+from unlearn.plan_config import PlanConfig
 
 
 @dataclass(frozen=True)
@@ -24,18 +25,24 @@ class WorldConfig:
 
 
 Command = (
-    Annotated[FitLensConfig, tyro.conf.subcommand("fit-lens")] | Annotated[WorldConfig, tyro.conf.subcommand("world")]
+    Annotated[FitLensConfig, tyro.conf.subcommand("fit-lens")]
+    | Annotated[PlanConfig, tyro.conf.subcommand("plan")]
+    | Annotated[WorldConfig, tyro.conf.subcommand("world")]
 )
 
 
 def main() -> None:
     from unlearn.config import parse_flags
 
-    command: FitLensConfig | WorldConfig = parse_flags(Command)  # type: ignore[arg-type]
+    command: FitLensConfig | PlanConfig | WorldConfig = parse_flags(Command)  # type: ignore[arg-type]
     if isinstance(command, FitLensConfig):
         from unlearn.fit_lens import fit_lens
 
         fit_lens(command)
+    elif isinstance(command, PlanConfig):
+        from unlearn.plan import plan
+
+        plan(command)
     else:
         from unlearn.world.build import write_world
 

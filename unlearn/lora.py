@@ -26,7 +26,7 @@ from unlearn.distributed import fail_together, is_main
 from unlearn.errors import UserError
 from unlearn.files import hub_error, write_json, writing
 from unlearn.model import blocks, blocks_prefix
-from unlearn.seeding import derive, generator, random_bits
+from unlearn.seeding import derive, generator, keep_mask
 from unlearn.weights import full, local_rows
 
 PEFT_PREFIX = "base_model.model."
@@ -75,8 +75,7 @@ class LoraLinear(nn.Module):
 
     def _drop(self, x: Tensor) -> Tensor:
         assert len(self.rows) == x.shape[0], "set_dropout_rows must name every row of the batch before its forward"
-        bits = random_bits(self.rows.to(x.device) ^ self.salt, x.shape[1], x.shape[2])
-        keep = bits >= int(self.dropout * 2**31)
+        keep = keep_mask(self.rows.to(x.device) ^ self.salt, x.shape[1], x.shape[2], self.dropout)
         return x * keep / (1.0 - self.dropout)
 
     def delta(self) -> Tensor:

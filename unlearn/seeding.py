@@ -12,6 +12,7 @@ from torch import Tensor
 # Multipliers of the 32-bit finaliser "lowbias32", https://nullprogram.com/blog/2018/07/31/
 _MULTIPLY_1 = 0x7FEB352D
 _MULTIPLY_2 = 0x846CA68B - (1 << 32)
+_CHUNK = 1 << 24  # numbers hashed at once by `keep_mask`: 64 MiB a temporary
 _GOLDEN = 0x9E3779B9 - (1 << 32)
 
 
@@ -26,21 +27,34 @@ def generator(*parts: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(derive(*parts))
 
 
-def random_bits(keys: Tensor, positions: int, features: int = 1) -> Tensor:
+def random_bits(keys: Tensor, positions: int, features: int = 1, *, first: int = 0) -> Tensor:
     """Independent 31-bit integers for every (row, position, feature).
 
     Args:
         keys: int64 [B], one key a row, in 0..2**31-1.
-        positions, features: S and F.
+        positions, features: S and F. first: the position of the first one.
 
     Returns:
         int32 [B, S, F], uniform in 0..2**31-1. Value [b, s, f] depends on keys[b], s and f alone.
     """
     device = keys.device
-    position = torch.arange(positions, dtype=torch.int32, device=device)
+    position = torch.arange(first, first + positions, dtype=torch.int32, device=device)
     feature = torch.arange(features, dtype=torch.int32, device=device)
     rows = _mix(keys.to(torch.int32)[:, None] ^ _mix(position * _GOLDEN + 1)[None, :])  # [B, S]
     return _mix(rows[:, :, None] ^ _mix(feature * _GOLDEN + 2)[None, None, :]) & 0x7FFFFFFF
+
+
+def keep_mask(keys: Tensor, positions: int, features: int, dropout: float) -> Tensor:
+    """Bool [B, S, F], False with probability `dropout`: `random_bits` against a threshold, a few positions at a time,
+    because the bits take four times the memory of the numbers they decide on."""
+    keep = torch.empty(len(keys), positions, features, dtype=torch.bool, device=keys.device)
+    chunk = max(1, _CHUNK // features)
+    for start in range(0, positions, chunk):
+        part = slice(start, start + chunk)
+        for row in range(len(keys)):
+            bits = random_bits(keys[row : row + 1], min(chunk, positions - start), features, first=start)
+            torch.ge(bits, int(dropout * 2**31), out=keep[row : row + 1, part])
+    return keep
 
 
 def _mix(bits: Tensor) -> Tensor:

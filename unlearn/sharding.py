@@ -92,9 +92,8 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, *, compute: torch.dtype, off
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     if masters == {compute} == {torch.float32}:
         policy = MixedPrecisionPolicy()
-    wrap = partial(
-        fully_shard, mesh=mesh, mp_policy=policy, offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy()
-    )
+    offloading = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
+    wrap = partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offloading)
     for block in blocks(model):
         wrap(block)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()

@@ -1,5 +1,6 @@
 """Assemble an unlearning run from its flags, say what it will do, and export what it made."""
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from unlearn.data import Batches, Corpus, check_examples, read_corpus
 from unlearn.distributed import fail_together, world_size
 from unlearn.lens import TunedLens
 from unlearn.lora import adapters, initial_adapters, merge_lora, save_adapter
+from unlearn.memory import Layout, Shape, available_gib, check_fits
 from unlearn.model import (
     cast_parameters,
     empty_model,
@@ -54,6 +56,7 @@ def build(config: TrainConfig, device: torch.device) -> Unlearning:
         UserError: anything that the flags name is missing, damaged or does not fit the rest.
     """
     config.check_depth(int(load_config(config.model, revision=config.revision).num_hidden_layers))
+    _check_memory(config, device)
     mesh = shard_mesh(config.shard_kind(world_size()), config.shard_size, device)
     tokenizer = load_tokenizer(config.model, revision=config.revision)
     batches = _batches(config, tokenizer)
@@ -74,6 +77,13 @@ def build(config: TrainConfig, device: torch.device) -> Unlearning:
         weight_decay=config.weight_decay,
     )
     return Unlearning(config, model, tokenizer, objective, optimizers, objective.coefficients.steps)
+
+
+def _check_memory(config: TrainConfig, device: torch.device) -> None:
+    """Refuse a run that cannot fit, before anything is read but the model's configuration."""
+    model = empty_model(config.model, revision=config.revision)
+    layout = Layout.of(config, world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", world_size())))
+    check_fits(config, Shape.of(model, config.lora_targets), layout, available_gib(device))
 
 
 def _batches(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Batches]:

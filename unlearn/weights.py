@@ -28,6 +28,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FILE_BYTES = 2 << 30  # of one file of an export: what one rank has in host memory while it writes
 
+READ_BYTES = 16 << 20  # what is read of a tensor at once
+
 # In memory -> on disk, where Hugging Face's own checkpoints differ.
 RENAMED = {"gpt_neox": {"lm_head.": "embed_out."}}
 
@@ -85,21 +87,29 @@ class Checkpoint:
     def read_into(self, tensor: Tensor, key: str, first: int, shape: torch.Size) -> None:
         """Copy rows `first`, `first` + 1, ... of the tensor `key`, whose whole shape must be `shape`, into `tensor`.
 
-        The file is opened anew for every tensor: what it maps into memory is then given back at once.
+        The file is opened anew for every few rows: what it maps into memory is then given back at once.
         """
-        file = self.folder / self.files[key]
+        rows = tensor.shape[0] if tensor.ndim > 0 else 1
+        step = max(1, READ_BYTES * rows // max(1, tensor.numel() * 4))
         try:
-            with safe_open(file, framework="pt") as tensors:
-                stored = tensors.get_slice(key)
-                if tuple(stored.get_shape()) != tuple(shape):
-                    raise UserError(
-                        f"expected {key} of shape {tuple(shape)} in {self.path}; found {tuple(stored.get_shape())}: "
-                        "the files are not of this model, fetch them again"
-                    )
-                if tensor.numel() > 0:
-                    tensor.copy_(stored[first : first + tensor.shape[0]] if tensor.ndim > 0 else stored[:])
+            for start in range(0, max(1, rows), step):
+                with safe_open(self.folder / self.files[key], framework="pt") as tensors:
+                    stored = tensors.get_slice(key)
+                    self._check_shape(key, tuple(stored.get_shape()), tuple(shape))
+                    if tensor.ndim == 0:
+                        tensor.copy_(stored[:])
+                    elif rows > 0:
+                        part = tensor[start : start + step]
+                        part.copy_(stored[first + start : first + start + part.shape[0]])
         except (OSError, SafetensorError) as error:
             raise hub_error(self.path, "model", error) from error
+
+    def _check_shape(self, key: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        if found != expected:
+            raise UserError(
+                f"expected {key} of shape {expected} in {self.path}; found {found}: "
+                "the files are not of this model, fetch them again"
+            )
 
 
 def _folder(path: str, revision: str | None) -> Path:
@@ -177,7 +187,7 @@ def fill(
         else:
             missing.append(plain)
             continue
-        if not torch.isfinite(local).all():
+        if not _finite(local):
             raise UserError(
                 f"expected finite weights in {checkpoint.path}; found NaN or infinity in {plain}: use another "
                 "checkpoint"
@@ -189,12 +199,34 @@ def fill(
         )
 
 
+def _finite(tensor: Tensor) -> bool:
+    """Whether no number is NaN or infinite; `torch.isfinite` would need as much memory again."""
+    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+
+
 def materialise(module: nn.Module, device: torch.device) -> None:
-    """Memory for every parameter of `module` that has none; buffers move to `device` with their values."""
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    module.to_empty(device=device)
-    for name, buffer in module.named_buffers():
-        buffer.copy_(buffers[name])
+    """Memory on `device` for every parameter of `module`; buffers move there with their values."""
+    sharded = any(isinstance(parameter, DTensor) for parameter in module.parameters())
+    buffers = [(part, name, buffer) for part in module.modules() for name, buffer in part._buffers.items()]
+    if sharded:
+        module.to_empty(device=device)  # FSDP2 notices; for its buffers' values see below
+    else:
+        _replace_parameters(module, device)
+    for part, name, buffer in buffers:
+        part._buffers[name] = None if buffer is None else buffer.to(device)
+
+
+def _replace_parameters(module: nn.Module, device: torch.device) -> None:
+    """A new parameter for each one of `module`; what was tied stays tied."""
+    made: dict[int, nn.Parameter] = {}
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                empty = torch.empty_like(parameter, device=device)
+                made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            part._parameters[name] = made[id(parameter)]
 
 
 @torch.no_grad()

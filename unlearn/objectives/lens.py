@@ -6,10 +6,10 @@
 F and R are token-weighted means over the *global* batch: each rank divides by the global batch's token count, which
 it knows without asking, and the gradients are summed over ranks. One backward a loss term and micro-batch.
 
-The forget term's backward has two stages. The lens is frozen, so its loss and the gradient with respect to each target
-layer's residual stream are computed on the stream *detached*, one layer and one chunk of tokens at a time; what is
-kept is dL/dh. One backward through the model then starts from all of them at once. The same gradient as through the
-joint graph, without any of the lens's graph in memory beside the model's.
+A loss on residual streams is differentiated in two stages. What lies behind the streams is frozen, so the loss and its
+gradient with respect to each target layer's stream are computed on the stream *detached*, one layer (and one chunk of
+tokens) at a time; what is kept is dL/dh. One backward through the model then starts from all of them at once. The same
+gradient as through the joint graph, without any of the lens's graph in memory beside the model's.
 
 Shapes: B rows, S positions, N real tokens among them, D hidden size, V vocabulary.
 """
@@ -96,11 +96,9 @@ class LensObjective:
             yield metrics | {"loss": remove * metrics["forget_loss"]}
         if self.retain is not None:
             metrics = {}
+            share = self._retain_kl if self.retain_loss == "kl" else self._retain_l2
             for rows in self.retain.micro_batches(step, device):
-                loss, statistics = self._retain(self.retain.tokens(step), rows, training=retain > 0.0)
-                if retain > 0.0:
-                    (retain * loss).backward()
-                _add(metrics, statistics)
+                _add(metrics, {"tokens": _number(rows), "retain_loss": share(self.retain.tokens(step), rows, retain)})
             yield metrics | {"loss": retain * metrics["retain_loss"]}
 
     def _forget(self, batches: Batches, rows: Rows, step: int, coefficient: float) -> dict[str, Tensor]:
@@ -109,21 +107,14 @@ class LensObjective:
         set_dropout_rows(self.model, rows.keys)
         with self.autocast():
             streams = residual_streams(self.model, rows.input_ids, [layer + self._shift for layer in self.layers])
-        statistics = {
-            "tokens": torch.tensor(rows.tokens, device=rows.input_ids.device),
-            "forget_loss": torch.zeros((), device=rows.input_ids.device),
-        }
-        gradients: dict[int, Tensor] = {}
-        for layer in self.layers:
-            leaf = streams[layer + self._shift].detach().requires_grad_()
-            loss, measured = self.layer_loss(leaf, layer, rows, batches, step)
-            (coefficient * loss).backward()
-            assert leaf.grad is not None
-            gradients[layer + self._shift] = leaf.grad
-            _add(statistics, measured | {"forget_loss": loss.detach()})
-        trained = [layer for layer in gradients if streams[layer].requires_grad]  # not h[0] with frozen embeddings
-        torch.autograd.backward([streams[layer] for layer in trained], [gradients[layer] for layer in trained])
-        return statistics
+        statistics = {"tokens": _number(rows)}
+
+        def loss(layer: int, stream: Tensor) -> Tensor:
+            share, measured = self.layer_loss(stream, layer - self._shift, rows, batches, step)
+            _add(statistics, measured)
+            return share
+
+        return statistics | {"forget_loss": backward_through(streams, loss, coefficient)}
 
     def layer_loss(
         self, stream: Tensor, layer: int, rows: Rows, batches: Batches, step: int
@@ -157,25 +148,36 @@ class LensObjective:
         weights = torch.full(targets.shape, scale, device=hidden.device)
         return next_token(hidden, self.lens.unembedding, targets, weights, softcap=self.lens.softcap)[0]
 
-    def _retain(self, tokens: int, rows: Rows, training: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """This micro-batch's share of R, [] float32, where the global batch has `tokens` retain tokens."""
+    def _retain_kl(self, tokens: int, rows: Rows, coefficient: float) -> Tensor:
+        """Backward of `coefficient` times this micro-batch's share of R, the mean divergence from the original over
+        the `tokens` of the global batch; that share, [] float32."""
         final = int(self.model.config.num_hidden_layers)
-        layers = [final] if self.retain_loss == "kl" else [layer + self._shift for layer in self.layers]
+        with torch.no_grad(), self.autocast(), self.reference() as original:
+            kept = final_norm(original)(rows.at_real(residual_streams(original, rows.input_ids, [final])[final]))
+        set_dropout_rows(self.model, rows.keys)
+        with torch.set_grad_enabled(coefficient > 0.0), self.autocast():
+            hidden = final_norm(self.model)(rows.at_real(residual_streams(self.model, rows.input_ids, [final])[final]))
+            total = self._divergence(hidden, original, kept, tokens)
+        reshard(original)
+        if coefficient > 0.0:
+            (coefficient * total).backward()
+        return total.detach()
+
+    def _retain_l2(self, tokens: int, rows: Rows, coefficient: float) -> Tensor:
+        """The same for R as the mean distance of the residual streams at the target layers."""
+        layers = [layer + self._shift for layer in self.layers]
         with torch.no_grad(), self.autocast(), self.reference() as original:
             kept = residual_streams(original, rows.input_ids, layers)
-            kept_hidden = final_norm(original)(rows.at_real(kept[final])) if self.retain_loss == "kl" else None
-        set_dropout_rows(self.model, rows.keys)
-        with torch.set_grad_enabled(training), self.autocast():
-            streams = residual_streams(self.model, rows.input_ids, layers)
-            if kept_hidden is not None:
-                hidden = final_norm(self.model)(rows.at_real(streams[final]))
-                total = self._divergence(hidden, original, kept_hidden, tokens)
-            else:
-                pairs = [(rows.at_real(streams[layer]), rows.at_real(kept[layer])) for layer in layers]
-                distances = torch.stack([l2_distance(live, original).sum() for live, original in pairs])
-                total = distances.sum() / (tokens * len(layers))
         reshard(original)
-        return total, {"tokens": torch.tensor(rows.tokens, device=rows.input_ids.device), "retain_loss": total.detach()}
+        set_dropout_rows(self.model, rows.keys)
+        with torch.set_grad_enabled(coefficient > 0.0), self.autocast():
+            streams = residual_streams(self.model, rows.input_ids, layers)
+
+        def loss(layer: int, stream: Tensor) -> Tensor:
+            distances = l2_distance(rows.at_real(stream), rows.at_real(kept.pop(layer)))
+            return distances.sum() / (tokens * len(layers))
+
+        return backward_through(streams, loss, coefficient)
 
     def _divergence(self, hidden: Tensor, original: PreTrainedModel, kept_hidden: Tensor, tokens: int) -> Tensor:
         """Sum of KL(original || model) over some tokens' normalised hidden states [N, D], over `tokens`."""
@@ -196,6 +198,35 @@ class LensObjective:
 
         with torch.no_grad():
             return through_head(original, kept_hidden, beside)
+
+
+def backward_through(
+    streams: Mapping[int, Tensor], loss: Callable[[int, Tensor], Tensor], coefficient: float
+) -> Tensor:
+    """Backward of `coefficient` times the sum over l of loss(l, h[l]), in two stages; that sum, [] float32.
+
+    Args:
+        streams: {l: h[l]} of one forward pass. loss: differentiable in h[l], through nothing that is trained.
+    """
+    total: Tensor = torch.zeros((), device=next(iter(streams.values())).device)
+    trained, gradients = [], []
+    for layer, stream in streams.items():
+        with torch.set_grad_enabled(coefficient > 0.0):
+            leaf = stream.detach().requires_grad_(coefficient > 0.0)
+            share = loss(layer, leaf)
+        total = total + share.detach()
+        if coefficient > 0.0:
+            (coefficient * share).backward()
+        if stream.requires_grad and leaf.grad is not None:  # h[0] has no gradient where embeddings are frozen
+            trained.append(stream)
+            gradients.append(leaf.grad)
+    if trained:
+        torch.autograd.backward(trained, gradients)
+    return total
+
+
+def _number(rows: Rows) -> Tensor:
+    return torch.tensor(rows.tokens, device=rows.input_ids.device)
 
 
 def _add(metrics: dict[str, Tensor], statistics: Mapping[str, Tensor]) -> None:

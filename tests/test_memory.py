@@ -1,0 +1,161 @@
+"""The plan: its formula against the simulation, the simulation against a real allocator, and what train.py refuses."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from unlearn.building import lens_objective, original_model, trained_model
+from unlearn.config import TrainConfig
+from unlearn.errors import UserError
+from unlearn.memory import GIB, Layout, Shape, check_fits, flops_per_step, neighbours, peak_gib, terms
+from unlearn.model import empty_model
+from unlearn.plan import plan
+from unlearn.plan_config import PlanConfig
+from unlearn.simulate import blank_lens, full_windows, simulated_peak
+from unlearn.trainer import backward
+from unlearn.unlearning import build
+from unlearn.weights import materialise
+
+NEOX = {
+    "model_type": "gpt_neox",
+    "hidden_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "intermediate_size": 2048,
+    "vocab_size": 8009,
+    "rotary_pct": 0.25,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model's folder that holds nothing but config.json."""
+    path = tmp_path_factory.mktemp("neox")
+    (path / "config.json").write_text(json.dumps(NEOX))
+    return str(path)
+
+
+def configured(folder: str, **flags: Any) -> TrainConfig:
+    settings = {"layers": (2, 4, 6, 8), "seq_len": 256, "micro_batch": 4, "retain_start": 0.5} | flags
+    return TrainConfig(model=folder, **settings)
+
+
+MODES: dict[str, tuple[int, dict[str, Any]]] = {
+    "muon on 4": (4, {"optimizer": "muon"}),
+    "replicated alone": (1, {}),
+    "lora": (2, {"lora_rank": 8, "lora_dropout": 0.0}),
+}
+SLOW_MODES: dict[str, tuple[int, dict[str, Any]]] = {
+    "adamw on 8, l2": (8, {"retain_loss": "l2"}),
+    "sharded alone": (1, {"shard": "full", "optimizer": "muon"}),
+    "float32 on 2": (2, {"dtype": "fp32"}),
+    "lora with dropout": (2, {"lora_rank": 8}),
+    "lora, sharded, kl": (4, {"lora_rank": 8, "shard": "full", "retain_loss": "kl"}),
+    "offloaded reference": (4, {"offload_reference": True}),
+    "all activations": (4, {"checkpoint_activations": False}),
+}
+
+
+@pytest.mark.parametrize("mode", [*MODES, *(pytest.param(mode, marks=pytest.mark.slow) for mode in SLOW_MODES)])
+def test_formula_is_within_a_tenth_of_the_simulation(folder: str, mode: str) -> None:
+    ranks, flags = (MODES | SLOW_MODES)[mode]
+    config = configured(folder, **flags)
+    layout = Layout.of(config, ranks, ranks)
+    planned = peak_gib(config, Shape.of(empty_model(folder)), layout)
+    assert planned == pytest.approx(simulated_peak(config, layout) / GIB, rel=0.10)
+
+
+def allocated(config: TrainConfig) -> int:
+    """Peak bytes that a real allocator gave out over the same steps, in one process."""
+    device = torch.device("cpu")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        model, original, lens = trained_model(config, None), original_model(config, None), blank_lens(config, device)
+        materialise(model, device)
+        if original is not None:
+            materialise(original, device)
+        moments = [torch.zeros_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
+        objective = lens_objective(config, model, original, lens, full_windows(config, 1), None)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        for parameter in model.parameters():
+            parameter.data.normal_(std=0.02)
+        backward(parameters, objective, 1)
+        del moments
+    live = peak = 0
+    for event in sorted(trace.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize("flags", [{}, {"lora_rank": 8, "lora_dropout": 0.0}])
+def test_simulation_is_within_a_tenth_of_a_real_allocator(folder: str, flags: dict[str, Any]) -> None:
+    config = configured(folder, dtype="fp32", shard="replicate", **flags)
+    assert simulated_peak(config, Layout(1, 1)) == pytest.approx(allocated(config), rel=0.10)
+
+
+def test_layouts_of_a_copy() -> None:
+    config = TrainConfig(model="m")
+    assert Layout.of(config, 1, 1) == Layout(1, 1) and Layout.of(config, 8, 4) == Layout(8, 8)
+    hybrid = dataclasses.replace(config, shard="hybrid")
+    assert Layout.of(hybrid, 8, 4) == Layout(8, 4)
+    assert Layout.of(dataclasses.replace(hybrid, shard_size=2), 8, 4) == Layout(8, 2)
+    assert Layout.of(TrainConfig(model="m", lora_rank=4), 8, 4) == Layout(8, 1)
+
+
+def test_neighbours_need_less_and_are_sorted(folder: str) -> None:
+    config, shape, layout = configured(folder), Shape.of(empty_model(folder)), Layout(4, 4)
+    found = neighbours(config, shape, layout)
+    assert {"--lora-rank 16", "8 GPUs", "--micro-batch 1"} <= {other.change for other in found}
+    peaks = [other.peak_gib for other in found]
+    assert peaks == sorted(peaks) and peaks[-1] < peak_gib(config, shape, layout)
+
+
+def test_a_run_that_cannot_fit_is_refused_by_term_and_remedy(folder: str) -> None:
+    config, shape = configured(folder, micro_batch=64), Shape.of(empty_model(folder))
+    with pytest.raises(
+        UserError, match=r"fits into 0.5 GiB; found a planned peak of \d.*one block's backward.*: try --"
+    ):
+        check_fits(config, shape, Layout(4, 4), 0.5)
+    check_fits(config, shape, Layout(4, 4), 80.0)
+
+
+def test_train_refuses_before_it_reads(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unlearn.unlearning.available_gib", lambda device: 1e-6)
+    with pytest.raises(UserError, match="expected a run that fits"):
+        build(TrainConfig(model=str(home / "model"), layers=(1,), forget="/nowhere.jsonl"), torch.device("cpu"))
+
+
+def test_flops_of_full_training_by_hand(folder: str) -> None:
+    shape = Shape.of(empty_model(folder))
+    assert shape.matrices == 8 * 12 * 512**2 and shape.head == 8009 * 512
+    config = configured(folder, layers=(8,), retain_coef=0.0, retain_start=0.0, checkpoint_activations=False, batch=2)
+    tokens = 2 * 256
+    assert flops_per_step(config, shape) == tokens * (6 * shape.matrices + 4 * shape.head + 4 * 512**2)
+
+
+def test_plan_prints_tables_and_json(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {"model": folder, "layers": (2, 4), "seq_len": 128, "micro_batch": 2}
+    plan(PlanConfig(**settings))
+    text = capsys.readouterr().out
+    assert "together" in text and "fits into 88.0" in text and "PFLOP" in text
+    plan(PlanConfig(**settings, json=True, verify=True, world_size=2))
+    found = json.loads(capsys.readouterr().out)
+    assert found["peak_gib"] == pytest.approx(sum(found["terms_gib"].values()))
+    assert found["simulated_gib"] == pytest.approx(found["peak_gib"], rel=0.25)  # so small that temporaries count
+    assert (
+        terms(PlanConfig(**settings), Shape.of(empty_model(folder)), Layout(4, 4)).keys() == found["terms_gib"].keys()
+    )
+
+
+def test_plan_refuses_a_world_that_does_not_divide(folder: str) -> None:
+    with pytest.raises(UserError, match="multiple of the 4 GPUs that share a copy; found 6"):
+        plan(PlanConfig(model=folder, layers=(2,), shard="hybrid", world_size=6))
+    with pytest.raises(UserError, match="--layers in 0..8"):
+        plan(PlanConfig(model=folder, layers=(9,)))

@@ -1,0 +1,263 @@
+"""What a run will need, before it starts: the peak memory of one GPU by term, arithmetic, and time.
+
+Everything follows from a model's shape and the run's flags; nothing is read but `config.json`. Terms are what is held
+at the fullest moment of a step. `python -m unlearn plan --verify` runs the same step on tensors without data instead
+(see `simulate.py`), and the formula is held to that.
+
+Notation: P parameters, W ranks, S of them sharing one copy, c bytes of a computed number, T tokens of a micro-batch,
+n target layers, D hidden size, V vocabulary.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from unlearn.config import TrainConfig
+from unlearn.errors import UserError
+from unlearn.losses import CHUNK
+from unlearn.model import blocks, blocks_prefix
+
+GIB = 2**30
+DTYPE_BYTES = {"bf16": 2, "fp32": 4}
+HEADROOM = 6.0  # GiB of a GPU that the context, NCCL's buffers and fragmentation take: 94.9 of a GH200, plan for 88
+# Numbers of size T D that one block keeps for its backward pass, and that exist while it is recomputed and
+# differentiated: in full training, with LoRA. Simulated for GPT-NeoX with dropout in the adapters.
+KEPT = (18, 22)
+RECOMPUTED = (30, 30)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model that memory depends on.
+
+    Attributes:
+        parameters: of the whole model. matrices: of the matrices inside the blocks, Muon's share.
+        block: parameters of the largest block. head: of the unembedding, V D. tied: whether it is the embedding too.
+        targets: (outputs, inputs) of every linear layer inside the blocks that LoRA would adapt.
+    """
+
+    parameters: int
+    matrices: int
+    block: int
+    head: int
+    tied: bool
+    hidden: int
+    vocabulary: int
+    depth: int
+    targets: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, targets: tuple[str, ...] = ()) -> "Shape":
+        """Read the sizes off a model, which may be on the meta device."""
+        prefix = blocks_prefix(model)
+        named = list(model.named_parameters())
+        inside = [p for name, p in named if name.startswith(prefix) and p.ndim >= 2]
+        linears = [
+            (p.shape[0], p.shape[1])
+            for name, p in named
+            if name.startswith(prefix) and p.ndim == 2 and (not targets or name.split(".")[-2] in targets)
+        ]
+        head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+        config: PretrainedConfig = model.config
+        return cls(
+            parameters=sum(p.numel() for _, p in named),
+            matrices=sum(p.numel() for p in inside),
+            block=max(sum(p.numel() for p in block.parameters()) for block in blocks(model)),
+            head=head.numel(),
+            tied=head is embedding,
+            hidden=int(config.hidden_size),
+            vocabulary=int(config.vocab_size),
+            depth=int(config.num_hidden_layers),
+            targets=tuple(linears),
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many ranks there are, and how many of them share one copy of the model (1: every rank has all of it)."""
+
+    world_size: int
+    shard: int
+
+    @classmethod
+    def of(cls, config: TrainConfig, world_size: int, local_world_size: int) -> "Layout":
+        """As `train.py` would lay the run out."""
+        sizes = {"full": world_size, "replicate": 1, "hybrid": config.shard_size or local_world_size}
+        return cls(world_size, max(1, sizes[config.shard_kind(world_size)]))
+
+
+def terms(config: TrainConfig, shape: Shape, layout: Layout) -> dict[str, float]:
+    """Bytes of one GPU at the fullest moment of a step, by what they are for.
+
+    That moment is either in the backward pass of a block, or where the retain loss reads the vocabulary: of the terms
+    of these two, the fuller ones are given.
+    """
+    compute = DTYPE_BYTES[config.dtype]
+    result = _states(config, shape, layout)
+    if config.remove_coef:
+        lens_layers = len([layer for layer in config.layers if layer < shape.depth])
+        translators = lens_layers * (shape.hidden**2 + shape.hidden)
+        result["lens"] = compute * (translators + shape.head + 2 * shape.hidden)
+    if not _is_sharded(config, layout) and config.lora_rank == 0 and compute != 4:
+        result["weights as autocast rounds them"] = shape.parameters * compute
+    result["activations"] = _activations(config, shape) * compute
+    one_block, vocabulary = _one_block(config, shape, layout), _vocabulary(config, shape)
+    return result | max(one_block, vocabulary, key=lambda moment: sum(moment.values()))
+
+
+def _is_sharded(config: TrainConfig, layout: Layout) -> bool:
+    """Whether FSDP2 holds the model, be it on one rank."""
+    return config.shard_kind(layout.world_size) != "replicate"
+
+
+def _states(config: TrainConfig, shape: Shape, layout: Layout) -> dict[str, float]:
+    """Weights, gradients, optimizer states and the reference."""
+    compute, ranks = DTYPE_BYTES[config.dtype], layout.shard
+    trained, in_muon, result = shape.parameters, shape.matrices, {"weights": 4 * shape.parameters / ranks}
+    if config.lora_rank:
+        trained = in_muon = sum(config.lora_rank * (outputs + inputs) for outputs, inputs in shape.targets)
+        result["weights"] = (compute * shape.parameters + 4 * trained) / ranks
+    if config.optimizer != "muon":
+        in_muon = 0
+    terms = 1 if _is_sharded(config, layout) else 2  # replicated gradients are summed term by term
+    result["gradients"] = 4 * trained * terms / ranks
+    result["optimizer"] = (4 * in_muon + 8 * (trained - in_muon)) / ranks
+    if config.lora_rank == 0 and config.retain_coef and not config.offload_reference:
+        result["reference"] = compute * shape.parameters / ranks
+    return result
+
+
+def _activations(config: TrainConfig, shape: Shape) -> float:
+    """Numbers that one micro-batch keeps for its backward pass: what blocks keep, and gradients of target streams."""
+    stream = micro_tokens(config) * shape.hidden
+    kept = 1 if config.checkpoint_activations else KEPT[config.lora_rank > 0]
+    forget = kept * max(config.layers) + len(config.layers) if config.remove_coef else 0
+    retain = 0
+    if config.retain_coef:
+        streams = 0 if config.retain_loss == "kl" else len(config.layers)
+        retain = kept * (max(config.layers) if streams else shape.depth) + streams
+    return float(stream * (max(forget, retain) + 3))
+
+
+def _one_block(config: TrainConfig, shape: Shape, layout: Layout) -> dict[str, float]:
+    """Bytes of one block's backward pass: its recomputation, and the weights that FSDP2 has gathered for it."""
+    compute = DTYPE_BYTES[config.dtype]
+    kept = RECOMPUTED[config.lora_rank > 0] if config.checkpoint_activations else 8
+    result = {"one block's backward pass": float(kept * micro_tokens(config) * shape.hidden * compute)}
+    if _is_sharded(config, layout):
+        gradient = 0 if config.lora_rank else compute + 4  # as computed, and in float32 for the reduction
+        result["gathered blocks"] = float(shape.block * (2 * compute + gradient))
+    return result
+
+
+def _vocabulary(config: TrainConfig, shape: Shape) -> dict[str, float]:
+    """Bytes of a loss over the vocabulary: a chunk of logits, and for the retain loss the unembeddings it reads."""
+    compute = DTYPE_BYTES[config.dtype]
+    chunk = min(CHUNK, micro_tokens(config))
+    divergence = bool(config.retain_coef) and config.retain_loss == "kl"
+    result = {"a chunk over the vocabulary": float((26 if divergence else 8) * chunk * shape.vocabulary)}
+    if divergence and not config.lora_rank:
+        result["unembedding and its gradient"] = float(shape.head * (3 * compute + 4))
+    return result
+
+
+def micro_tokens(config: TrainConfig) -> int:
+    """Most tokens of one forward pass on one rank."""
+    return config.micro_tokens or (config.micro_batch or 1) * config.seq_len
+
+
+def flops_per_step(config: TrainConfig, shape: Shape) -> float:
+    """Multiply-adds, times two, of one optimizer step over all ranks, at full windows.
+
+    Per token and parameter of the blocks: 2 forward, 4 backward (2 where only adapters are trained), 2 for the
+    recomputation, 2 for the reference; the lens's and the unembedding's products likewise (forward and the gradient of
+    the stream); attention itself and the optimizer are left out (a few per cent).
+    """
+    tokens = config.batch * config.seq_len
+    blocks_only = shape.matrices
+    per_parameter = 2 + (4 if config.lora_rank == 0 else 2) + (2 if config.checkpoint_activations else 0)
+    total = 0.0
+    if config.remove_coef:
+        reach = max(config.layers) / shape.depth
+        lens = len(config.layers) * (4 * shape.head + 4 * shape.hidden**2)
+        total += tokens * (per_parameter * blocks_only * reach + lens)
+    if config.retain_coef:
+        head = (2 + 2 + (4 if config.lora_rank == 0 else 2)) * shape.head if config.retain_loss == "kl" else 0
+        total += tokens * ((per_parameter + 2) * blocks_only + head)
+    return total
+
+
+def available_gib(device: torch.device) -> float:
+    """Memory that one rank may plan with: of its GPU, less `HEADROOM`; on the CPU its share of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / GIB - HEADROOM
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    return host / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A run like the planned one but for one change, and its peak in GiB."""
+
+    change: str
+    peak_gib: float
+
+
+def neighbours(config: TrainConfig, shape: Shape, layout: Layout) -> list[Neighbour]:
+    """Runs that differ in one thing and need less, the most helpful first."""
+    here = peak_gib(config, shape, layout)
+    tried: list[Neighbour] = []
+
+    def consider(change: str, flags: Mapping[str, object], other: Layout = layout) -> None:
+        given = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
+        changed = TrainConfig(**(given | dict(flags)))
+        tried.append(Neighbour(change, peak_gib(changed, shape, other)))
+
+    if micro_tokens(config) > config.seq_len:
+        key = "micro_tokens" if config.micro_tokens else "micro_batch"
+        consider(
+            f"--{key.replace('_', '-')} {1 if key == 'micro_batch' else config.seq_len}",
+            {key: 1 if key == "micro_batch" else config.seq_len},
+        )
+    if not config.checkpoint_activations:
+        consider("--checkpoint-activations", {"checkpoint_activations": True})
+    if layout.shard > 1 or config.lora_rank == 0:
+        more = Layout(2 * layout.world_size, 2 * layout.shard)
+        consider(f"{more.world_size} GPUs", {"shard": config.shard or "full"}, more)
+    if config.lora_rank == 0:
+        lora: dict[str, object] = {
+            "lora_rank": 16,
+            "shard": None,
+            "shard_size": None,
+            "offload_reference": False,
+            "output": None,
+        }
+        lora |= {"lora_alpha": None, "lora_dropout": None}
+        if config.optimizer == "muon":
+            lora |= {"adam_lr": None}
+        consider("--lora-rank 16", lora, Layout(layout.world_size, 1))
+    return sorted((found for found in tried if found.peak_gib < here), key=lambda found: found.peak_gib)
+
+
+def peak_gib(config: TrainConfig, shape: Shape, layout: Layout) -> float:
+    """The sum of all terms, in GiB."""
+    return sum(terms(config, shape, layout).values()) / GIB
+
+
+def check_fits(config: TrainConfig, shape: Shape, layout: Layout, limit_gib: float) -> None:
+    """Raise unless the planned peak is within `limit_gib`, naming the largest term and what would help."""
+    found = terms(config, shape, layout)
+    peak = sum(found.values()) / GIB
+    if peak <= limit_gib:
+        return
+    largest = max(found, key=lambda name: found[name])
+    better = next(iter(neighbours(config, shape, layout)), None)
+    remedy = f"try {better.change} ({better.peak_gib:.1f} GiB)" if better else "use a smaller model or more GPUs"
+    raise UserError(
+        f"expected a run that fits into {limit_gib:.1f} GiB; found a planned peak of {peak:.1f} GiB, most of it "
+        f"{largest} ({found[largest] / GIB:.1f} GiB): {remedy}"
+    )

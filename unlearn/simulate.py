@@ -1,0 +1,213 @@
+"""A step without data: the peak memory of the true shape, on any machine with a CPU.
+
+The model is built, sharded and trained for two micro-batches on fake tensors (shapes and dtypes only) in a fake
+process group of as many ranks as the run will have. Every storage that the step creates is counted while it lives,
+FSDP2's gathering and freeing included. What is not in it: the CUDA context, the allocator's fragmentation, and buffers
+of the communication library.
+"""
+
+import multiprocessing
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from unlearn.building import lens_objective, original_model, trained_model
+from unlearn.config import TrainConfig
+from unlearn.data import Batches, Corpus
+from unlearn.lens import TunedLens
+from unlearn.memory import Layout, micro_tokens
+from unlearn.model import empty_model, final_norm
+from unlearn.objectives.lens import LensObjective
+from unlearn.optim.build import build_optimizers
+from unlearn.precision import DTYPES
+from unlearn.sharding import shard_mesh
+from unlearn.trainer import backward, clip_gradients
+from unlearn.weights import local_rows, materialise
+
+CPU = torch.device("cpu")
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that exist: `live` now, `peak` at most so far.
+
+    A storage is counted from the operation that returns it until it is collected, or resized (as FSDP2 does to free
+    what it gathered).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._sizes: dict[int, tuple[weakref.ref[Any], int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                self.count(leaf)
+        return output
+
+    def count(self, tensor: Tensor) -> None:
+        """Count a tensor's storage, if it is not counted yet."""
+        if isinstance(tensor, DTensor):
+            tensor = tensor._local_tensor
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes:
+            return
+        size = storage.nbytes()
+        self._sizes[key] = (weakref.ref(storage, lambda _: self._forget(key)), size)
+        self._add(size)
+
+    def resized(self, storage: torch.UntypedStorage, size: int) -> None:
+        """Note that a counted storage now has `size` bytes."""
+        key = storage._cdata
+        if key in self._sizes:
+            reference, before = self._sizes[key]
+            self._sizes[key] = (reference, size)
+            self._add(size - before)
+
+    def _forget(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)[1]
+
+    def _add(self, size: int) -> None:
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+@contextmanager
+def counting() -> Iterator[LiveBytes]:
+    """Count live bytes within the block."""
+    original, counter = torch.UntypedStorage.resize_, LiveBytes()
+
+    def resize(storage: torch.UntypedStorage, size: int) -> Any:
+        result = original(storage, size)
+        counter.resized(storage, size)
+        return result
+
+    torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
+    try:
+        with counter:
+            yield counter
+    finally:
+        torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def fake_ranks(world_size: int) -> Iterator[FakeTensorMode]:
+    """A process group of `world_size` ranks of which only this one exists, and a mode without data to go with it."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    try:
+        yield FakeTensorMode(allow_non_fake_inputs=True)
+    finally:
+        dist.destroy_process_group()
+
+
+Change = Callable[[LensObjective], LensObjective]  # to measure what a part of the design is worth
+
+
+def simulated_peak(config: TrainConfig, layout: Layout, change: Change = lambda objective: objective) -> int:
+    """Peak bytes of one rank over an optimizer step of two micro-batches a loss term, at full windows.
+
+    The step is the run's own code: forward and backward passes and clipping, beside the optimizers' states. It runs in
+    a process of its own, which ends without tearing anything down: collecting tensors without data, once their process
+    group is gone, may crash the interpreter (torch 2.13).
+
+    Raises:
+        RuntimeError: that process failed; its traceback is above.
+    """
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def child() -> None:
+        torch.set_num_threads(1)  # OpenMP's threads did not survive the fork
+        sender.send(_simulate(config, layout, change))
+        os._exit(0)
+
+    process = context.Process(target=child)
+    process.start()
+    sender.close()
+    try:
+        return int(receiver.recv())
+    except EOFError as error:
+        raise RuntimeError("the simulation ended early; what it printed says why") from error
+    finally:
+        process.join()
+
+
+def _simulate(config: TrainConfig, layout: Layout, change: Change) -> int:
+    """`simulated_peak` in this process."""
+    with fake_ranks(layout.world_size) as fake:
+        size = layout.shard if config.shard == "hybrid" else None
+        mesh = shard_mesh(config.shard_kind(layout.world_size), size, CPU)  # before the mode: it holds real ranks
+        model, original = trained_model(config, mesh), original_model(config, mesh)
+        windows = full_windows(config, layout.world_size)
+        with fake, counting() as counter:
+            lens = blank_lens(config, CPU)
+            materialise(model, CPU)
+            if original is not None:
+                materialise(original, CPU)
+            objective = change(lens_objective(config, model, original, lens, windows, mesh))
+            if config.offload_reference and original is not None:
+                counter.live -= sum(local_rows(p)[0].nbytes for p in original.parameters())  # in host memory
+            held = _optimizer_states(config, model)
+            model.train()
+            parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            backward(parameters, objective, 1)  # the second step: the retain coefficient may start at 0
+            clip_gradients(parameters, 1.0, torch.ones(()))
+            del held
+            return counter.peak
+
+
+def blank_lens(config: TrainConfig, device: torch.device) -> TunedLens:
+    """A lens of the right shape whose numbers mean nothing."""
+    readout = empty_model(config.model, revision=config.revision, dtype=DTYPES[config.dtype])
+    for part in (final_norm(readout), readout.get_output_embeddings()):
+        materialise(part, device)
+    layers = [layer for layer in config.layers if layer < readout.config.num_hidden_layers and config.remove_coef]
+    width = int(readout.config.hidden_size)
+    return TunedLens(readout, {layer: (torch.empty(width, width), torch.empty(width)) for layer in layers})
+
+
+def full_windows(config: TrainConfig, world_size: int, micro_batches: int = 2, steps: int = 2) -> dict[str, Batches]:
+    """Global batches of `micro_batches` micro-batches a rank, all windows full: the costliest that the flags allow."""
+    rows = max(1, micro_tokens(config) // config.seq_len)
+    batch = micro_batches * rows * world_size
+    count = steps * batch
+    corpus = Corpus("full windows", count, [np.zeros(config.seq_len, dtype=np.int32)] * count)
+    used = {"forget": config.remove_coef != 0.0, "retain": config.retain_coef != 0.0}
+    return {
+        tag: Batches(corpus, examples=count, total=count, batch=batch, seed=0, tag=tag, micro_batch=rows)
+        for tag, needed in used.items()
+        if needed
+    }
+
+
+def _optimizer_states(config: TrainConfig, model: torch.nn.Module) -> list[Any]:
+    """The optimizers, with the states that AdamW would make in its first step."""
+    built = build_optimizers(
+        model,  # type: ignore[arg-type]
+        optimizer=config.optimizer,
+        adam_lr=config.adam_lr,
+        muon_lr=config.muon_lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
+    adamw = built.get("adamw")
+    groups = adamw.param_groups if adamw is not None else []
+    moments = [torch.zeros_like(parameter) for group in groups for parameter in group["params"] for _ in range(2)]
+    return [built, moments]
