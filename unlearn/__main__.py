@@ -7,6 +7,7 @@ import tyro
 
 from unlearn.errors import run_command
 from unlearn.fit_config import FitLensConfig
+from unlearn.report_config import ReportConfig
 
 
 @dataclass(frozen=True)
@@ -24,18 +25,24 @@ class WorldConfig:
 
 
 Command = (
-    Annotated[FitLensConfig, tyro.conf.subcommand("fit-lens")] | Annotated[WorldConfig, tyro.conf.subcommand("world")]
+    Annotated[FitLensConfig, tyro.conf.subcommand("fit-lens")]
+    | Annotated[ReportConfig, tyro.conf.subcommand("report")]
+    | Annotated[WorldConfig, tyro.conf.subcommand("world")]
 )
 
 
 def main() -> None:
     from unlearn.config import parse_flags
 
-    command: FitLensConfig | WorldConfig = parse_flags(Command)  # type: ignore[arg-type]
+    command: FitLensConfig | ReportConfig | WorldConfig = parse_flags(Command)  # type: ignore[arg-type]
     if isinstance(command, FitLensConfig):
         from unlearn.fit_lens import fit_lens
 
         fit_lens(command)
+    elif isinstance(command, ReportConfig):
+        from unlearn.report import write_report
+
+        write_report(command)
     else:
         from unlearn.world.build import write_world
 

@@ -2,8 +2,8 @@
 
     torchrun ... preemptible.py --output RUN --steps N [--seconds S]
 
-Like train.py it agrees on a signal at a step's end, rank 0 saves and leaves RUN/PREEMPTED, and a later start removes the
-marker and goes on. Signals within a second of the first are its echo: torchrun forwards what Slurm may have sent to
+Like train.py it agrees on a signal at a step's end, rank 0 saves and leaves RUN/PREEMPTED, and a later start removes
+the marker and goes on. Signals within a second of the first are its echo: torchrun forwards what Slurm may have sent to
 every process already. RUN/log.jsonl gets a line a step; its `value` depends on every step before.
 """
 
@@ -33,6 +33,9 @@ def main() -> None:
 
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, tell)
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # without torchrun
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
     dist.init_process_group("gloo")
     run(flags, told)
     dist.destroy_process_group()

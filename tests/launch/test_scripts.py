@@ -152,7 +152,17 @@ def two_agents(tmp_path: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
     agents = []
     for host in (1, 0):
         place = f"--nodes 2 --endpoint {endpoint} --id 1.0 --host {host} --address 127.0.0.1".split()
-        words = [str(LAUNCH / "node.sh"), "--ranks", "1", *place, WORKER, "--output", str(tmp_path), "--steps", "100000"]
+        words = [
+            str(LAUNCH / "node.sh"),
+            "--ranks",
+            "1",
+            *place,
+            WORKER,
+            "--output",
+            str(tmp_path),
+            "--steps",
+            "100000",
+        ]
         agents.append(subprocess.Popen(words, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL))
     _wait_for(tmp_path / "log.jsonl")
     yield agents
@@ -184,10 +194,15 @@ def _wait_for(file: Path, seconds: float = 60.0) -> None:
 
 
 def test_slurm_on_one_node_and_on_two() -> None:
-    train = ["train.py", "--output", "runs/a", "--forget-template", "{title}'s \"x\""]
+    train = ["train.py", "--output", "runs/a", "--forget-template", '{title}\'s "x"']
     (one,) = commands(call(LAUNCH / "slurm.sh", "--dry-run", *train))
     assert one[0] == "srun" and "--kill-on-bad-exit=1" in one and one[one.index(str(LAUNCH / "node.sh")) + 1 :] == train
-    settings = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "1234", "SLURM_RESTART_COUNT": "3", "RESUME_FLAGS": "--resume auto"}
+    settings = {
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_ID": "1234",
+        "SLURM_RESTART_COUNT": "3",
+        "RESUME_FLAGS": "--resume auto",
+    }
     (two,) = commands(call(LAUNCH / "slurm.sh", "--dry-run", "--ranks", "4", *train, **settings))
     assert two[-len(train) - 2 :] == [*train, "--resume", "auto"]
     assert value(two, "--id") == "1234.3" and value(two, "--nodes") == "2" and value(two, "--ranks") == "4"

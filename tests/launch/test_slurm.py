@@ -86,38 +86,41 @@ def undisturbed(steps: int, ranks: int) -> int:
     return value
 
 
-def start(tmp_path: Path, nodes: int, steps: int, *options: str) -> int:
+def start(tmp_path: Path, nodes: int, ranks: int, steps: int, *options: str) -> int:
+    log = tmp_path / "log.txt"
     job = submit(
-        *(tmp_path / "log.txt", f"--nodes={nodes}", *options, SLURM_SH, "--ranks", 1),
+        *(log, f"--nodes={nodes}", *options, SLURM_SH, "--ranks", ranks),
         *(WORKER, "--output", tmp_path / "run", "--steps", steps),
     )
-    until(lambda: len(lines(tmp_path / "run")) > 3)
+    until(lambda: len(lines(tmp_path / "run")) > 3 or ended(job))
+    assert not ended(job), log.read_text()
     return job
 
 
-def goes_on_to_the_end(job: int, run: Path, steps: int, nodes: int) -> None:
+def goes_on_to_the_end(job: int, run: Path, steps: int, world_size: int) -> None:
     """Wait for the requeue, do not wait its two minutes, and check that nothing shows of the interruption."""
     until(lambda: shown(job, "JobState") == "PENDING" and shown(job, "Restarts") == "1")
     text_of("scontrol", "update", f"JobId={job}", "StartTime=now")
     until(lambda: ended(job))
     assert shown(job, "JobState") == "COMPLETED"
     assert [line["step"] for line in lines(run)] == list(range(1, steps + 1))
-    assert lines(run)[-1]["value"] == undisturbed(steps, nodes) and lines(run)[-1]["WORLD_SIZE"] == str(nodes)
+    assert lines(run)[-1]["value"] == undisturbed(steps, world_size)
+    assert lines(run)[-1]["WORLD_SIZE"] == str(world_size)
     assert {line["SLURM_RESTART_COUNT"] for line in lines(run)} == {None, "1"}
     assert not (run / "PREEMPTED").exists()
 
 
-@pytest.mark.parametrize("nodes", [1, 2])
-def test_a_signalled_run_is_requeued_and_goes_on(tmp_path: Path, nodes: int) -> None:
-    job = start(tmp_path, nodes, 100)
+@pytest.mark.parametrize(("nodes", "ranks"), [(1, 1), (1, 2), (2, 1)])
+def test_a_signalled_run_is_requeued_and_goes_on(tmp_path: Path, nodes: int, ranks: int) -> None:
+    job = start(tmp_path, nodes, ranks, 100)
     text_of("scancel", "--signal=USR1", job)
-    goes_on_to_the_end(job, tmp_path / "run", 100, nodes)
+    goes_on_to_the_end(job, tmp_path / "run", 100, nodes * ranks)
     assert "back into the queue" in (tmp_path / "log.txt").read_text()
 
 
 def test_a_run_out_of_time_is_requeued(tmp_path: Path) -> None:
     """Slurm's own signal before the time limit (it may come up to a minute early)."""
-    job = start(tmp_path, 1, 500, "--time=1", "--signal=USR1@30")
+    job = start(tmp_path, 1, 2, 500, "--time=1", "--signal=USR1@30")
     until(lambda: shown(job, "Restarts") == "1")
     done = len(lines(tmp_path / "run"))
     text_of("scancel", job)
@@ -125,7 +128,7 @@ def test_a_run_out_of_time_is_requeued(tmp_path: Path) -> None:
 
 
 def test_a_preempted_run_is_requeued_and_goes_on(tmp_path: Path) -> None:
-    job = start(tmp_path, 2, 100)
+    job = start(tmp_path, 2, 1, 100)
     urgent = submit(
         *(tmp_path / "urgent.txt", "--partition=urgent", "--nodes=2", "--exclusive"),
         *("--ntasks-per-node=1", "--wrap", "sleep 2"),
@@ -135,7 +138,7 @@ def test_a_preempted_run_is_requeued_and_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_cancelled_run_stays_cancelled(tmp_path: Path) -> None:
-    job = start(tmp_path, 1, 10_000)
+    job = start(tmp_path, 1, 2, 10_000)
     text_of("scancel", job)
     until(lambda: ended(job) and shown(job, "EndTime") != "Unknown")
     time.sleep(5)
@@ -143,7 +146,7 @@ def test_a_cancelled_run_stays_cancelled(tmp_path: Path) -> None:
 
 
 def test_a_killed_worker_ends_the_job_on_both_nodes(tmp_path: Path) -> None:
-    job = start(tmp_path, 2, 10_000)
+    job = start(tmp_path, 2, 1, 10_000)
     found = text_of("pgrep", "-f", f"python.*{WORKER} --output {tmp_path}").split()
     workers = [pid for pid in map(int, found) if "RANK=1" in Path(f"/proc/{pid}/environ").read_text().split("\0")]
     started = time.monotonic()
