@@ -96,6 +96,7 @@ run_or_show() {
     echo "$stage: job $id"
 }
 
+$dry_run || mkdir -p "$results" # the report says so if nothing comes
 split_words "$(show evals/run.py --model "$original" --out "$results" "${evaluate_flags[@]}")"
 run_or_show original sbatch --parsable --job-name=unlearn-original "${options[@]}" "${job[@]}" "${words[@]}"
 jobs=$id

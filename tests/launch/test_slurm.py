@@ -100,6 +100,7 @@ def start(tmp_path: Path, nodes: int, ranks: int, steps: int, *options: str) -> 
 def goes_on_to_the_end(job: int, run: Path, steps: int, world_size: int) -> None:
     """Wait for the requeue, do not wait its two minutes, and check that nothing shows of the interruption."""
     until(lambda: shown(job, "JobState") == "PENDING" and shown(job, "Restarts") == "1")
+    time.sleep(3)  # a node refuses a job that it was told to end within the same second
     text_of("scontrol", "update", f"JobId={job}", "StartTime=now")
     until(lambda: ended(job))
     assert shown(job, "JobState") == "COMPLETED"

@@ -12,8 +12,10 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from unlearn.report.record import Attack, Measurement, Tasks
+from unlearn.report.text import printable
 
 INK = "#0a0b0c"  # stands for the text's colour, which the page knows
 SIZE = (4.6, 3.0)  # inches: about a phone's width, so that the letters keep their size there
@@ -44,6 +46,8 @@ def curve(lines: Sequence[dict[str, Any]], keys: Sequence[str], label: str, *, l
             axes.plot(*zip(*pairs, strict=True), label=key, linewidth=1.2)
         if log and all(line[key] > 0 for line in lines for key in shown if key in line):
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
         if len(shown) > 1:
             axes.legend()
         return _svg(figure)
@@ -81,10 +85,11 @@ def accuracies(stages: dict[str, Tasks], tasks: Sequence[str]) -> str:
                 xerr=np.clip(reach, 0.0, None).T if rows else None,
                 fmt="os^Dv<>"[index % 7],
                 markersize=4,
-                label=stage,
+                clip_on=False,
+                label=_short(stage),
             )
-        axes.set_yticks(range(len(tasks)), list(tasks))
-        axes.set(xlim=(0, 1), ylim=(len(tasks) - 0.5, -0.5))
+        axes.set_yticks(range(len(tasks)), list(map(_short, tasks)))
+        axes.set(xlim=(0, 1.02), ylim=(len(tasks) - 0.5, -0.5))
         _mark_chance(axes.axvline)
         figure.legend(loc="outside upper center", ncols=3)
         return _svg(figure)
@@ -96,11 +101,14 @@ def course(points: Sequence[tuple[int, Tasks]], tasks: Sequence[str], label: str
         figure, axes = _axes(label, "accuracy")
         for task in tasks:
             found = [(step, measured[task]) for step, measured in points if task in measured]
+            if not found:
+                continue
             steps = [step for step, _ in found]
-            (line,) = axes.plot(steps, [value["acc"] for _, value in found], "o-", markersize=3, label=task)
+            (line,) = axes.plot(steps, [value["acc"] for _, value in found], "o-", markersize=3, label=_short(task))
             low, high = zip(*(value["interval"] for _, value in found), strict=True)
             axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        axes.set_ylim(0, 1)
+        axes.set_ylim(0, 1.02)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _mark_chance(axes.axhline)
         figure.legend(loc="outside upper center", ncols=2)
         return _svg(figure)
@@ -121,8 +129,8 @@ def letters(stages: dict[str, Tasks], task: str) -> str:
         width = 0.8 / len(bars)
         for index, (stage, shares) in enumerate(bars.items()):
             places = np.arange(len(shares)) + (index - (len(bars) - 1) / 2) * width
-            axes.bar(places, shares, width, label=stage)
-        axes.set_xticks(range(count), [str(name) for name in names][:count])
+            axes.bar(places, shares, width, label=_short(stage))
+        axes.set_xticks(range(count), [_short(str(name)) for name in names][:count])
         axes.set_ylim(0, 1)
         figure.legend(loc="outside upper center", ncols=2)
         return _svg(figure)
@@ -137,6 +145,11 @@ def training_course(during: Sequence[tuple[int, Measurement]], tasks: Sequence[s
     """Accuracies measured during training; "" if there are fewer than three moments of it."""
     points = [(step, measurement.tasks) for step, measurement in during]
     return course(points, tasks, "optimizer steps of unlearning") if len(points) > 2 else ""
+
+
+def _short(name: str) -> str:
+    """A name that leaves room for the picture."""
+    return name if len(name) <= 32 else f"{name[:31]}…"
 
 
 def _axes(across: str, up: str, height: float = SIZE[1]) -> tuple[Figure, Axes]:
@@ -159,7 +172,7 @@ def _svg(figure: Figure) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text).replace("xlink:href", "href")
     text = re.sub(r'(<svg [^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg [^>]*?) height="[^"]*"', r"\1", text))
-    return text.replace(INK, "currentColor")
+    return printable(text.replace(INK, "currentColor"))
 
 
 def with_own_ids(svg: str, prefix: str) -> str:

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.metadata
 import shlex
-import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from markupsafe import Markup
 from unlearn.config import TrainConfig
 from unlearn.report import figures
 from unlearn.report.record import Attack, Measurement, Record, Tasks, merged
+from unlearn.report.text import printable
 
 PACKAGES = ("unlearn", "torch", "transformers", "lm-eval", "datasets", "matplotlib")
 # Shares of the answers above which a habit, and not knowledge, may decide an accuracy.
@@ -24,6 +24,7 @@ def render(record: Record) -> str:
     """The whole page, as HTML with style and pictures inside."""
     stages = _stages(record)
     tasks = _in_order(stages.values())
+    main = [task for task in tasks if task.partition("/")[0] not in record.members]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -39,10 +40,12 @@ def render(record: Record) -> str:
         summary=_summary(record),
         verdicts=_verdicts(record.after),
         stages=stages,
-        rows=list(_rows(stages, tasks)),
+        rows=list(_rows(stages, main)),
+        member_rows=list(_rows(stages, [task for task in tasks if task not in main])),
         notes=list(_notes(record, stages)),
-        pictures=_pictures(record, stages, [task for task in tasks if "/" not in task]),
+        pictures=_pictures(record, stages, [task for task in main if "/" not in task]),
         command=command(record.config),
+        flags=_given(record.config),
         files=list(_files(record)),
         versions=_versions(),
     )
@@ -73,7 +76,11 @@ def _rows(stages: dict[str, Tasks], tasks: list[str]) -> Iterator[dict[str, Any]
     """The rows of the table of accuracies: each task, and below it what shows a habit of one letter."""
     for task in tasks:
         found = [measured.get(task, {}) for measured in stages.values()]
-        yield {"name": task, "part": "/" in task, "cells": [_cell(v, "acc", "interval") for v in found]}
+        yield {
+            "name": task.rpartition("/")[2],
+            "part": "/" in task,
+            "cells": [_cell(v, "acc", "interval") for v in found],
+        }
         if "/" in task:
             continue
         if any("debiased" in value for value in found):
@@ -105,10 +112,12 @@ def _notes(record: Record, stages: dict[str, Tasks]) -> Iterator[str]:
     """What a reader should know before believing the numbers."""
     if not record.finished:
         yield f"The run has not come to its end: {len(record.steps)} steps are logged and no model is exported."
+    for place in record.empty:
+        yield f"{place} holds no results: that evaluation has failed or not ended."
     for stage, tasks in stages.items():
         for task, value in tasks.items():
             share = max(value.get("predicted", ()), default=0.0)
-            if "/" not in task and share >= HABIT:
+            if "/" not in task and task not in record.members and share >= HABIT:
                 yield (
                     f"{task}, {stage}: {_percent(share)} of the answers are the same choice. Its accuracy says little; "
                     "read the debiased one."
@@ -192,6 +201,11 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield name, " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def _given(config: dict[str, Any]) -> dict[str, str]:
+    """The flags that have a value."""
+    return {name: value for name, value in _flat(config) if value != ""}
+
+
 def _versions() -> dict[str, str]:
     """What is installed where the report is made."""
     installed = {}
@@ -213,10 +227,5 @@ def _visible(token: str) -> str:
 
 
 def _printable(value: Any) -> Any:
-    """Text as it may stand in HTML: characters that have no picture, or turn the writing around, are replaced."""
-    if isinstance(value, Markup) or not isinstance(value, str):
-        return value
-    return "".join(c if c in "\n\t" or unicodedata.category(c) not in _UNPRINTABLE else "\ufffd" for c in value)
-
-
-_UNPRINTABLE = ("Cc", "Cf", "Cs", "Cn")
+    """What jinja is about to escape and print, free of characters that HTML must not hold."""
+    return value if isinstance(value, Markup) or not isinstance(value, str) else printable(value)

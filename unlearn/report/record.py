@@ -20,22 +20,25 @@ class Measurement:
         tasks: the numbers of each task.
         verdict: what the evaluation says of its targets, if it was given any.
         details: versions and digests of the question files, where the file has them.
+        members: tasks that were only measured as part of a group.
     """
 
     file: Path
     tasks: Tasks
     verdict: Any = None
     details: dict[str, Any] = field(default_factory=dict)
+    members: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Attack:
-    """One fine-tuning attack: its flags, and accuracies by optimizer step."""
+    """One fine-tuning attack: its flags, accuracies by optimizer step, and tasks measured only as part of a group."""
 
     folder: Path
     config: dict[str, Any]
     points: list[tuple[int, Tasks]]
     warnings: list[str]
+    members: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Record:
         before, after: of the original model and of the unlearned one.
         readings: lens.json, or None.
         finished: whether the run came to its export.
+        empty: folders that should have held results.
     """
 
     folder: Path
@@ -59,11 +63,19 @@ class Record:
     attacks: list[Attack]
     readings: dict[str, Any] | None
     finished: bool
+    empty: list[Path]
 
     @property
     def measured(self) -> bool:
         """Whether anything was evaluated."""
         return bool(self.before or self.after or self.attacks or self.during)
+
+    @property
+    def members(self) -> frozenset[str]:
+        """Tasks that were only measured as part of a group, e.g. the subjects of mmlu_stem."""
+        during = [measurement for _, measurement in self.during]
+        found: list[Measurement | Attack] = [*self.before, *self.after, *during, *self.attacks]
+        return frozenset(name for one in found for name in one.members)
 
 
 def read_record(folder: Path, evals: Iterable[str] = (), attacks: Iterable[str] = ()) -> Record:
@@ -78,17 +90,29 @@ def read_record(folder: Path, evals: Iterable[str] = (), attacks: Iterable[str] 
     config = _read_config(folder)
     steps = [line for line in _read_lines(folder / "metrics.jsonl") if "loss" in line]
     done = steps[-1]["step"] + 1 if steps else 0
-    during = sorted(((_step(file), _read_summary(file)) for file in (folder / "evals").glob("step-*.json")), key=_first)
+    during = sorted(
+        ((_step(file), _read_summary(file, config)) for file in (folder / "evals").glob("step-*.json")), key=_first
+    )
     before = [found for step, found in during if step == 0]
     after = [found for step, found in during if 0 < step == done]
     finished = (folder / "model").is_dir()
-    for place, given in [(folder / "evals", False), *((Path(path).expanduser(), True) for path in evals)]:
-        for file in _results(place, given):
+    given = {place: _results(place) for place in (Path(path).expanduser() for path in evals)}
+    for files in [(folder / "evals").rglob("results_*.json"), *given.values()]:
+        for file in sorted(files):
             original, found = _read_result(file, folder, config)
             (before if original else after).append(found)
     readings = _read_json(folder / "lens.json") if (folder / "lens.json").is_file() else None
     return Record(
-        folder, config, steps, during, before, after, list(_read_attacks(folder, attacks)), readings, finished
+        folder=folder,
+        config=config,
+        steps=steps,
+        during=during,
+        before=before,
+        after=after,
+        attacks=list(_read_attacks(folder, attacks)),
+        readings=readings,
+        finished=finished,
+        empty=[place for place, files in given.items() if not files],
     )
 
 
@@ -148,11 +172,17 @@ def _first(pair: tuple[int, Measurement]) -> int:
     return pair[0]
 
 
-def _read_summary(file: Path) -> Measurement:
+def _read_summary(file: Path, config: dict[str, Any]) -> Measurement:
     """An evaluation that train.py made: the numbers of each task, with or without a verdict beside them."""
     value = _read_json(file)
     tasks = value.get("summary", value)
-    return Measurement(file, _checked(tasks, file), value.get("verdict"))
+    return Measurement(file, _checked(tasks, file), value.get("verdict"), members=_not_asked(tasks, config))
+
+
+def _not_asked(tasks: Iterable[str], config: dict[str, Any]) -> frozenset[str]:
+    """The tasks that --eval-tasks does not name: they belong to a group that it names."""
+    asked = config.get("eval_tasks") or ()
+    return frozenset(name for name in tasks if asked and name.partition("/")[0] not in asked)
 
 
 def _checked(tasks: Any, file: Path) -> Tasks:
@@ -163,11 +193,11 @@ def _checked(tasks: Any, file: Path) -> Tasks:
     return found
 
 
-def _results(place: Path, given: bool) -> list[Path]:
-    files = sorted(place.rglob("results_*.json")) if place.is_dir() else []
-    if given and not files:
-        raise UserError(f"expected results of evals/run.py in {place}; found none: check --evals")
-    return files
+def _results(place: Path) -> list[Path]:
+    """The results in a folder; none if the evaluation that made the folder has not come to its end."""
+    if not place.is_dir():
+        raise UserError(f"expected a folder that evals/run.py wrote; found none at {place}: check --evals")
+    return list(place.rglob("results_*.json"))
 
 
 def _read_result(file: Path, folder: Path, config: dict[str, Any]) -> tuple[bool, Measurement]:
@@ -185,7 +215,9 @@ def _read_result(file: Path, folder: Path, config: dict[str, Any]) -> tuple[bool
     versions = {key: value[key] for key in ("lm_eval_version", "transformers_version") if key in value}
     details = {"versions": versions, "data": own.get("data", {}), "dtypes": own.get("dtypes", {})}
     verdict = own.get("verdict", value.get("verdict"))
-    return original, Measurement(file, _checked(own["summary"], file), verdict, details)
+    groups = value.get("group_subtasks", {})
+    members = frozenset(name for children in groups.values() for name in children if name not in groups)
+    return original, Measurement(file, _checked(own["summary"], file), verdict, details, members)
 
 
 def _same(name: str, other: str) -> bool:
@@ -229,4 +261,5 @@ def _read_attack(file: Path) -> Attack:
     points = [(point["step"], _checked(point["tasks"], file)) for point in value.get("points", ())]
     if not points:
         raise UserError(f"expected the points of an attack in {file}; found none: attack again")
-    return Attack(file.parent, value.get("config", {}), points, list(map(str, value.get("warnings", ()))))
+    config, warnings = value.get("config", {}), list(map(str, value.get("warnings", ())))
+    return Attack(file.parent, config, points, warnings, _not_asked(points[0][1], config))
