@@ -15,8 +15,8 @@ value_of() {
 
 # Cut the text $1 into words, at spaces outside quotes, and put them into the array `words`. Nothing is expanded or run.
 split_words() {
-    mapfile -d '' -t words < <(xargs -r printf '%s\0' 2>/dev/null <<<"$1")
-    wait "$!" || fail "expected closed quotes; found $1"
+    xargs -r printf '%s' >/dev/null 2>&1 <<<"$1" || fail "expected closed quotes; found $1"
+    mapfile -d '' -t words < <(xargs -r printf '%s\0' <<<"$1")
 }
 
 # Print the value of the flag $1 among the words $2...: the word after it, or what follows its `=`; the last one counts.

@@ -221,6 +221,19 @@ def test_an_array_takes_one_line_each(tmp_path: Path) -> None:
     assert "found both" in call(*words, "train.py", code=2)
 
 
+def test_words_are_cut_alike_every_time() -> None:
+    """Once the check for closed quotes asked for the exit code of a process that might be gone already."""
+    script = f"""source {LAUNCH}/arguments.sh
+    for _ in {{1..200}}; do
+        split_words ''
+        ((${{#words[@]}} == 0))
+        split_words "$TEXT"
+        ((${{#words[@]}} == 5))
+        [[ ${{words[1]}} == 'b  c' ]]
+    done"""
+    call("bash", "-euc", script, TEXT="a 'b  c' \"\" d\ne")
+
+
 def test_what_stands_in_a_list_is_never_run(tmp_path: Path) -> None:
     (tmp_path / "grid.txt").write_text(f"train.py --output $(touch {tmp_path}/ran) `touch {tmp_path}/ran`\n")
     call(LAUNCH / "slurm.sh", "--dry-run", "--list", tmp_path / "grid.txt")
