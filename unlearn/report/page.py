@@ -175,11 +175,13 @@ def command(config: dict[str, Any]) -> str:
     words = ["python", "train.py"]
     for name, value in config.items():
         value = tuple(value) if isinstance(value, list) else value
-        if value is None or value == defaults.get(name) or value is False:
+        if value is None or value == defaults.get(name, False):
             continue
-        words.append(f"--{name.replace('_', '-')}")
-        if value is not True:
-            words += map(str, value if isinstance(value, tuple) else (value,))
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
     return shlex.join(words)
 
 
