@@ -1,4 +1,4 @@
-# make setup | demo | test | test-all | check | bench | world
+# make setup | demo | test | test-all | test-slurm | check | bench | world
 #   make demo RANKS=2            the same through torchrun, on two processes
 #   make demo OPTIMIZER=muon     full training with Muon instead of LoRA with AdamW
 
@@ -14,7 +14,7 @@ SEED      ?= 0
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test-all check lint types bench world clean
+.PHONY: setup demo test test-all test-slurm check lint types bench world clean
 
 setup: $(READY)
 
@@ -36,6 +36,10 @@ test: $(READY)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest
+
+# A Slurm of fake nodes on this machine: as root, after `apt-get install --no-install-recommends slurm-wlm munge`.
+test-slurm: $(READY)
+	TEST_SLURM=1 $(BIN)/python -m pytest -m slurm
 
 check: lint types test
 

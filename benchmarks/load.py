@@ -12,8 +12,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 1024,
     "num_hidden_layers": 12,
     "num_attention_heads": 16,

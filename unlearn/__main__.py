@@ -8,6 +8,7 @@ import tyro
 from unlearn.errors import run_command
 from unlearn.fit_config import FitLensConfig
 from unlearn.plan_config import PlanConfig
+from unlearn.report_config import ReportConfig
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class WorldConfig:
 Command = (
     Annotated[FitLensConfig, tyro.conf.subcommand("fit-lens")]
     | Annotated[PlanConfig, tyro.conf.subcommand("plan")]
+    | Annotated[ReportConfig, tyro.conf.subcommand("report")]
     | Annotated[WorldConfig, tyro.conf.subcommand("world")]
 )
 
@@ -34,7 +36,7 @@ Command = (
 def main() -> None:
     from unlearn.config import parse_flags
 
-    command: FitLensConfig | PlanConfig | WorldConfig = parse_flags(Command)  # type: ignore[arg-type]
+    command: FitLensConfig | PlanConfig | ReportConfig | WorldConfig = parse_flags(Command)  # type: ignore[arg-type]
     if isinstance(command, FitLensConfig):
         from unlearn.fit_lens import fit_lens
 
@@ -43,6 +45,10 @@ def main() -> None:
         from unlearn.plan import plan
 
         plan(command)
+    elif isinstance(command, ReportConfig):
+        from unlearn.report import write_report
+
+        write_report(command)
     else:
         from unlearn.world.build import write_world
 

@@ -11,7 +11,9 @@ from unlearn.distributed import barrier, fail_together, is_main
 from unlearn.errors import UserError
 from unlearn.files import write_json, writing
 
-RUN = frozenset(("config.json", "metrics.jsonl", "checkpoints", "model", "adapter", "evals", "report.html"))
+RUN = frozenset(
+    ("config.json", "metrics.jsonl", "checkpoints", "model", "adapter", "evals", "lens.json", "report.html")
+)
 ATTACK = frozenset(("config.json", "metrics.jsonl", "attack.json", "attack.png", "model"))
 LENS = frozenset(("params.safetensors", "params.pt", "config.json", "fit.json"))
 

@@ -1,0 +1,124 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=unlearn
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=4
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#
+# A Slurm job on one node or several. From the repository's folder:
+#
+#   sbatch --time=4:00:00 launch/slurm.sh train.py --lora-rank 16 --output runs/mine
+#   sbatch --time=4:00:00 --nodes=2 launch/slurm.sh --env isambard train.py --optimizer muon --output runs/mine
+#   sbatch --time=4:00:00 --array=1-54%8 launch/slurm.sh --list grid.txt         task i runs line i of grid.txt
+#   launch/slurm.sh --dry-run train.py --lora-rank 16 --output runs/mine         here, without Slurm
+#
+# Account, partition and the like are given to sbatch, or once for all in SBATCH_ACCOUNT, SBATCH_PARTITION, ...
+#
+#   --env NAME     source launch/env/NAME.sh first: modules and network settings of a cluster
+#   --ranks N      processes a node; default: one a GPU
+#   --list FILE    commands, one a line, for a job array
+#   --dry-run      print what would run (SLURM_NNODES=2 to see two nodes)
+#
+# Five minutes before the time limit Slurm sends USR1. A run that has then saved itself leaves the file PREEMPTED in
+# its --output; the job is put back into the queue and goes on from there, on the same nodes or others.
+set -euo pipefail
+
+root=$PWD
+[[ -f $root/launch/arguments.sh ]] || {
+    echo "slurm.sh: error: expected the repository's folder as working folder; found $root: cd there first" >&2
+    exit 2
+}
+# shellcheck source=arguments.sh
+source "$root/launch/arguments.sh"
+
+# How a run that was put back into the queue is told to go on where it was: appended to the flags of train.py.
+# Empty until train.py has such a flag; then `--resume auto` belongs here as the default.
+split_words "${RESUME_FLAGS-}"
+resume=("${words[@]}")
+
+dry_run=false environment='' list='' ranks=''
+while (($#)); do
+    case $1 in
+        --dry-run) dry_run=true && shift && continue ;;
+        --env) environment=$(value_of "$@") ;;
+        --ranks) ranks=$(value_of "$@") ;;
+        --list) list=$(value_of "$@") ;;
+        -m | [!-]*) break ;;
+        *) fail "expected --dry-run, --env, --ranks or --list before the command; found $1" ;;
+    esac
+    shift 2
+done
+
+if [[ -n $list ]]; then
+    (($# == 0)) || fail "expected either --list or a command; found both"
+    index=${SLURM_ARRAY_TASK_ID:-1}
+    read_list "$list"
+    ((index >= 1 && index <= ${#commands[@]})) ||
+        fail "expected --array within 1-${#commands[@]}, the commands of $list; found $index"
+    split_words "${commands[index - 1]}"
+    set -- "${words[@]}"
+fi
+(($#)) || fail "expected a command, e.g. train.py --lora-rank 16 --output runs/mine; found none"
+output=$(flag_value --output "$@")
+if [[ $1 == train.py ]]; then
+    [[ -n $output ]] || fail "expected --output in the flags of train.py: a preempted run is found by it"
+    set -- "$@" "${resume[@]}"
+fi
+if [[ -n $environment ]]; then
+    [[ -f $root/launch/env/$environment.sh ]] ||
+        fail "expected --env to name a file of launch/env; found none for $environment"
+    # shellcheck source=/dev/null
+    $dry_run || source "$root/launch/env/$environment.sh"
+fi
+
+# The name or number under which the other nodes reach node $1.
+address() {
+    scontrol --oneliner show node "$1" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p'
+}
+export -f address
+
+# Compute nodes take everything from the hub's cache: fill it beforehand, once, with `hf download`.
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
+
+nodes=${SLURM_NNODES:-1} attempt=${SLURM_RESTART_COUNT:-0} job=${SLURM_JOB_ID:-0}
+# One task a node with all of its CPUs; a node that fails ends the others.
+step=(srun --ntasks-per-node=1 "--cpus-per-task=${SLURM_CPUS_ON_NODE:-1}" --cpu-bind=none
+    --kill-on-bad-exit=1 --wait=60)
+node=("$root/launch/node.sh")
+if [[ -n $ranks ]]; then node+=(--ranks "$ranks"); fi
+if ((nodes > 1)); then
+    head=HEAD
+    if ! $dry_run; then
+        mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+        head=$(address "${names[0]}")
+    fi
+    # A port and a name of its own for each attempt: what is left of an earlier one cannot be met. Below the kernel's
+    # own range (32768...), so that no outgoing connection has taken it.
+    port=$((15000 + (job * 16 + attempt) % 17000))
+    node+=(--nodes "$nodes" --endpoint "$head:$port" --id "$job.$attempt")
+    # shellcheck disable=SC2016  # expanded on each node
+    own='exec "$0" --host $((SLURM_NODEID == 0)) --address "$(address "$SLURMD_NODENAME")" "$@"'
+    step+=(bash -c "$own")
+fi
+if $dry_run; then
+    if [[ -n $environment ]]; then show source "launch/env/$environment.sh"; fi
+    show "${step[@]}" "${node[@]}" "$@"
+    exit
+fi
+
+echo "job $job, attempt $attempt, on $nodes node(s) (${SLURM_JOB_NODELIST-}): $(show "$@")"
+marker=$output/PREEMPTED
+if [[ -n $output ]]; then rm -f "$marker"; fi # an earlier attempt's says nothing about this one
+code=0
+"${step[@]}" "${node[@]}" "$@" || code=$?
+if [[ -n $output && -e $marker ]]; then
+    echo "job $job, attempt $attempt: preempted and saved, back into the queue"
+    scontrol requeue "$job" ||
+        fail "expected to put job $job back into the queue; found that Slurm refuses: submit the same command again"
+    code=0
+fi
+exit "$code"
