@@ -1,5 +1,6 @@
-# make setup | demo | test | test-all | test-slurm | check | bench | world
+# make setup | demo | test | test-all | test-slurm | check | bench | bench-gpu | world
 #   make demo RANKS=2            the same through torchrun, on two processes
+#   make demo RANKS=2 SHARD=full the same with the model sharded over them
 #   make demo OPTIMIZER=muon     full training with Muon instead of LoRA with AdamW
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ SEED      ?= 0
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test-all test-slurm check lint types bench world clean
+.PHONY: setup demo test test-all test-slurm check lint types bench bench-gpu world clean
 
 setup: $(READY)
 
@@ -29,7 +30,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 demo: $(READY)
-	$(BIN)/python launch/demo.py --ranks $(RANKS) --optimizer $(OPTIMIZER) --seed $(SEED) --overwrite
+	$(BIN)/python launch/demo.py --ranks $(RANKS) --optimizer $(OPTIMIZER) --seed $(SEED) $(if $(SHARD),--shard $(SHARD)) --overwrite
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow"
@@ -52,6 +53,12 @@ types: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/loss.py
+	$(BIN)/python benchmarks/load.py
+	$(BIN)/python benchmarks/step.py
+
+# What one GPU of 140 GB can show: the true 6.9 B shape with random weights.
+bench-gpu: $(READY)
+	$(BIN)/python benchmarks/step.py --true-shape
 
 # Trains the tiny model anew, into runs/world; the package carries its weights.
 world: $(READY)

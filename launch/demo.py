@@ -2,6 +2,7 @@
 
     python launch/demo.py
     python launch/demo.py --ranks 2 --optimizer muon
+    python launch/demo.py --ranks 2 --shard full
 
 Nothing here computes anything that a command does not: it prints each command, runs it, and reads the files it wrote.
 """
@@ -36,7 +37,7 @@ UNLEARN = {
 }
 SHARED = (
     "--layers 1 2 3 --retain-loss kl --retain-start 1 --examples 2400 --epochs 2 --batch 16 --micro-batch 8 "
-    "--seq-len 96 --dtype fp32"
+    "--seq-len 96 --dtype fp32 --no-checkpoint-activations"
 )
 ATTACK = "--lr 1e-3 --batch 16 --micro-batch 8 --examples 640 --seq-len 96 --dtype fp32 --eval-every 10"
 
@@ -51,6 +52,8 @@ class DemoConfig:
     """Processes; above 1 the commands run through torchrun."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw: LoRA adapters with AdamW; muon: full training, Muon on the matrices."""
+    shard: Literal["full", "hybrid", "replicate"] | None = None
+    """How train.py lays the model out over the ranks. Default: its own."""
     seed: int = 0
     """Of unlearning and attack."""
     overwrite: bool = False
@@ -101,7 +104,7 @@ def _commands(config: DemoConfig, folder: Path) -> None:
     _run(
         config.ranks,
         f"train.py --model {model} --lens {lens} {corpora} --output {place}/unlearned "
-        f"{UNLEARN[config.optimizer]} {SHARED} --seed {config.seed}",
+        f"{UNLEARN[config.optimizer]} {SHARED} --seed {config.seed}{_shard(config)}",
     )
     model = f"{place}/unlearned/model"
     _run(config.ranks, f"evals/run.py --model {model} --tasks {tasks} {data} --dtype fp32 --out {place}/after")
@@ -110,6 +113,10 @@ def _commands(config: DemoConfig, folder: Path) -> None:
         f"evals/tamper.py --model {model} --corpus {world}/corpora/attack.jsonl --output {place}/attack {ATTACK} "
         f"--eval-tasks {tasks} {data} --split-by attacked --seed {config.seed}",
     )
+
+
+def _shard(config: DemoConfig) -> str:
+    return "" if config.shard is None else f" --shard {config.shard}"
 
 
 def _run(ranks: int, command: str) -> None:

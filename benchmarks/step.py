@@ -1,0 +1,161 @@
+"""Speed and peak memory of an optimizer step: tokens a second, share of the chip's rate, planned against measured peak.
+
+    python benchmarks/step.py                       # a small shape on this machine's CPU
+    python benchmarks/step.py --true-shape          # GPT-NeoX 6.9 B, random weights, on one GPU of 140 GB
+
+Weights, lens and text are random: what is measured is the run's own code on full windows. On a GPU the rate is given
+as a share of its dense bf16 peak (H100/H200/GH200: 989 TFLOP/s), and the last row's step is profiled.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from unlearn.building import lens_objective, original_model, trained_model
+from unlearn.config import TrainConfig
+from unlearn.distributed import process_group, world_size
+from unlearn.memory import GIB, Layout, Shape, flops_per_step, peak_gib
+from unlearn.model import empty_model
+from unlearn.objectives.lens import LensObjective
+from unlearn.optim.build import build_optimizers
+from unlearn.sharding import shard_mesh
+from unlearn.simulate import blank_lens, full_windows
+from unlearn.trainer import backward, check_gradients, clip_gradients
+from unlearn.weights import local_rows, materialise
+
+PEAK_TFLOPS = 989.0
+NEOX: dict[str, Any] = {"model_type": "gpt_neox", "rotary_pct": 0.25, "tie_word_embeddings": False}
+TRUE = NEOX | {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "intermediate_size": 16384,
+    "vocab_size": 50304,
+    "max_position_embeddings": 2048,
+}
+SMALL = NEOX | {
+    "hidden_size": 256,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "intermediate_size": 1024,
+    "vocab_size": 8192,
+    "max_position_embeddings": 256,
+}
+ROWS: dict[str, dict[str, Any]] = {
+    "LoRA r16, AdamW, 1 window": {"lora_rank": 16, "micro_batch": 1},
+    "LoRA r16, AdamW, 4 windows": {"lora_rank": 16, "micro_batch": 4},
+    "full, Muon, 1 window": {"optimizer": "muon", "micro_batch": 1, "shard": "full"},
+    "full, Muon, 4 windows": {"optimizer": "muon", "micro_batch": 4, "shard": "full"},
+    "full, AdamW, 1 window": {"micro_batch": 1, "shard": "full"},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--true-shape", action="store_true")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    arguments = parser.parse_args()
+    shape = TRUE if arguments.true_shape else SMALL
+    print(f"{'':30}{'tokens/s':>10}{'TFLOP/s':>9}{'share':>7}{'s/step':>8}{'planned':>9}{'measured GiB':>13}")
+    with process_group() as device, tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(shape))
+        for name, flags in ROWS.items():
+            if arguments.only in name:
+                config = configured(folder, shape, flags, device)
+                print(f"{name:30}{measure(config, device, arguments.steps)}", flush=True)
+        if device.type == "cuda":
+            profile_step(configured(folder, shape, ROWS["LoRA r16, AdamW, 4 windows"], device), device)
+
+
+def configured(folder: str, shape: dict[str, Any], flags: dict[str, Any], device: torch.device) -> TrainConfig:
+    depth = shape["num_hidden_layers"]
+    dtype: Literal["bf16", "fp32"] = "bf16" if device.type == "cuda" else "fp32"
+    layers = tuple(range(5, depth, 5)) if depth > 6 else (2, 4)
+    length = shape["max_position_embeddings"]
+    return TrainConfig(model=folder, layers=layers, seq_len=length, dtype=dtype, retain_start=1.0, **flags)
+
+
+class Run:
+    """A run on random weights and full windows."""
+
+    def __init__(self, config: TrainConfig, device: torch.device):
+        mesh = shard_mesh(config.shard_kind(world_size()), config.shard_size, device)
+        self.model, original = trained_model(config, mesh), original_model(config, mesh)
+        for model in (self.model, original):
+            if model is not None:
+                materialise(model, device)
+                for parameter in model.parameters():
+                    local_rows(parameter)[0].normal_(std=0.02)
+        lens = blank_lens(config, device)
+        for parameter in lens.parameters():
+            parameter.data.normal_(std=0.02)
+        windows = full_windows(config, world_size(), micro_batches=2)
+        self.objective: LensObjective = lens_objective(config, self.model, original, lens, windows, mesh)
+        self.optimizers = build_optimizers(
+            self.model,
+            optimizer=config.optimizer,
+            adam_lr=config.adam_lr,
+            muon_lr=config.muon_lr,
+            momentum=config.momentum,
+        )
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.model.train()
+
+    def step(self) -> None:
+        """One optimizer step, as the trainer makes it."""
+        metrics = backward(self.parameters, self.objective, 1)
+        clip_gradients(self.parameters, 1.0, check_gradients(self.parameters, metrics, 1))
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+
+def measure(config: TrainConfig, device: torch.device, steps: int) -> str:
+    """One line of the table: a warm-up step, then the median of `steps`."""
+    shape = Shape.of(empty_model(config.model))
+    planned = peak_gib(config, shape, Layout(world_size(), world_size() if config.shard == "full" else 1))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    run, times = Run(config, device), []
+    for _ in range(steps + 1):
+        _wait(device)
+        started = time.perf_counter()
+        run.step()
+        _wait(device)
+        times.append(time.perf_counter() - started)
+    seconds = statistics.median(times[1:])
+    assert run.objective.forget is not None
+    windows = run.objective.forget.batch
+    tokens = 2 * windows * config.seq_len  # forget and retain
+    tflops = flops_per_step(config, shape) * windows / config.batch / seconds / world_size() / 1e12
+    measured = f"{torch.cuda.max_memory_allocated() / GIB:13.2f}" if device.type == "cuda" else f"{'-':>13}"
+    share = f"{tflops / PEAK_TFLOPS:7.1%}" if device.type == "cuda" else f"{'-':>7}"
+    return f"{tokens / seconds:10,.0f}{tflops:9.2f}{share}{seconds:8.2f}{planned:9.2f}{measured}"
+
+
+def profile_step(config: TrainConfig, device: torch.device) -> None:
+    """Print the operations that take the GPU's time in one step."""
+    run = Run(config, device)
+    run.step()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+        run.step()
+        _wait(device)
+    print(trace.key_averages().table(sort_by="self_cuda_time_total", row_limit=20, max_name_column_width=60))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    main()
