@@ -71,7 +71,7 @@ def write_corpus(path: Path, words: list[str], documents: int = 30, seed: int = 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 301 tokens that adds no special tokens."""
+    """A byte-level BPE of 301 tokens that adds no special tokens; " A" to " D" are one token each."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -79,7 +79,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator([_text(random.Random(0), WORDS, 2000)], trainer)
+    tokenizer.train_from_iterator([_text(random.Random(0), WORDS, 2000), " A B C D" * 1000], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
 
 
