@@ -4,12 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import tyro
+
+from evals.verdict import parse_target
 from unlearn.errors import UserError
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Measure a causal language model on multiple-choice tasks with lm-eval's own templates."""
+    """Measure a causal language model with lm-eval's own templates, and say what the numbers can bear."""
 
     model: str
     """Folder or Hugging Face hub name of the checkpoint."""
@@ -19,14 +22,34 @@ class EvalConfig:
 
     data_dir: Path | None = None
     """Folder with all question files, laid out as DIR/<dataset_path>/<dataset_name>/<split>-*.parquet.
-    `hf download cais/wmdp --repo-type dataset --local-dir DIR/cais/wmdp` gives that.
-    Without it the hub or its cache is asked."""
+    `python -m evals.fetch --data-dir DIR` prepares it where there is network. Without it the hub or its cache is
+    asked."""
 
     include_path: Path | None = None
     """Folder with further task definitions (lm-eval's YAML)."""
 
     limit: int | None = None
     """Only the first LIMIT questions of each task, for a quick look; None takes all."""
+
+    subsample: int | None = None
+    """Only so many questions of each of --tasks, shared out among its subjects, the same ones every time."""
+
+    permute_choices: bool = False
+    """Ask every question with letters in all cyclic orders of its choices (four times the work): no habit of a letter
+    survives that. For headline numbers."""
+
+    truncate: bool = False
+    """Cut the beginnings off questions that are longer than the model's context, as lm-eval does; without it they are
+    an error."""
+
+    target: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A bound to judge, e.g. --target 'wmdp_bio_robust<=0.25' --target 'mmlu_stem>=0.34', in quotation marks."""
+
+    baseline: Path | None = None
+    """Results of another model on the same questions (results_<time>.json or its folder), to be compared with."""
+
+    margin: float = 0.01
+    """Against --baseline: how much worse still counts as not inferior, as a fraction."""
 
     batch_tokens: int = 16384
     """Tokens of one forward pass on one rank, padding included. Lower it if memory runs out."""
@@ -38,8 +61,10 @@ class EvalConfig:
     """Branch, tag or commit of a model on the hub."""
 
     out: Path | None = None
-    """Folder for results_<time>.json and samples_<task>_<time>.jsonl, in a folder named after the model.
-    Without it the tables are only printed."""
+    """Folder for results_<time>.json, in a folder named after the model. Without it the tables are only printed."""
+
+    samples: bool = False
+    """Also write samples_<task>_<time>.jsonl to --out: every prompt with its log-likelihoods."""
 
     overwrite: bool = False
     """Replace results of the same model in --out; without it they are an error."""
@@ -52,5 +77,16 @@ class EvalConfig:
             raise UserError(f"expected --limit above 0; found {self.limit}: leave it out to take all questions")
         if self.batch_tokens <= 0:
             raise UserError(f"expected --batch-tokens above 0; found {self.batch_tokens}: 16384 suits most GPUs")
-        if self.overwrite and self.out is None:
-            raise UserError("--overwrite has no effect without --out: give --out or leave it out")
+        if self.subsample is not None and self.subsample <= 0:
+            raise UserError(f"expected --subsample above 0; found {self.subsample}: leave it out to take all questions")
+        if self.limit is not None and self.subsample is not None:
+            raise UserError("--limit has no effect beside --subsample: give one of them")
+        for name in ("overwrite", "samples"):
+            if getattr(self, name) and self.out is None:
+                raise UserError(f"--{name} has no effect without --out: give --out or leave it out")
+        if self.margin != 0.01 and self.baseline is None:
+            raise UserError("--margin has no effect without --baseline: give --baseline or leave it out")
+        if not 0.0 < self.margin < 1.0:
+            raise UserError(f"expected --margin as a fraction between 0 and 1; found {self.margin}: 0.01 is one point")
+        for target in self.target:
+            parse_target(target)

@@ -1,20 +1,23 @@
 """An evaluation that is prepared once and run on a live model as often as wanted."""
 
+import gc
 import importlib.metadata
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from lm_eval.evaluator import evaluate
 from lm_eval.utils import hash_string, sanitize_model_name
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from evals.lm import LiveModel
+from evals.answers import Answers, collect
+from evals.lm import LiveModel, context_length
 from evals.output import write_result
 from evals.plan import Planner
+from evals.question_task import QuestionTask
 from evals.summary import summarise
 from evals.task_loader import compiled_templates, load_tasks
 from unlearn.distributed import is_main, main_first, world_size
@@ -28,6 +31,9 @@ class Evaluation:
     """Tasks with their requests and plan, kept from one run to the next.
 
     Every rank must build it alike and call `run` together.
+
+    Attributes:
+        names: all tasks and groups that are measured.
     """
 
     def __init__(
@@ -38,30 +44,63 @@ class Evaluation:
         data_dir: str | Path | None = None,
         include_path: str | Path | None = None,
         limit: int | None = None,
+        subsample: int | None = None,
+        permute: bool = False,
+        truncate: bool = False,
         batch_tokens: int = 16384,
+        model_config: PretrainedConfig | None = None,
     ):
-        """Load the questions and fill the templates.
+        """Load the questions, fill the templates, and tokenise.
 
         Args:
             tasks: names of lm-eval tasks, groups or tags.
             data_dir: folder of all question files, `<dataset_path>/<dataset_name>/<split>-*.parquet`; None: the hub.
             include_path: folder with further task definitions.
             limit: only the first so many questions of each task.
+            subsample: only so many questions of each of `tasks`, shared out among its subjects and always the same.
+            permute: ask questions with letters in every cyclic order of their choices.
+            truncate: cut questions that are longer than the model's context from the left, instead of raising.
             batch_tokens: tokens of one forward pass of one rank, padding included.
+            model_config: of the model to be measured; with it questions that are too long raise here, and not only
+                when the model is measured.
 
         Raises:
-            UserError: an unknown task, missing data, a task that is not multiple choice, a number that is not positive.
+            UserError: an unknown task, missing data, no questions, a number that is not positive, questions too long
+                for the model, a tokenizer that takes more than one token for an answer's letter.
         """
-        if limit is not None and limit <= 0:
-            raise UserError(f"expected --limit above 0; found {limit}: leave it out to take all questions")
-        self.tokenizer, self.limit = tokenizer, limit
-        self._planner = Planner(tokenizer, batch_tokens)
+        for name, value in (("limit", limit), ("subsample", subsample)):
+            if value is not None and value <= 0:
+                raise UserError(f"expected --{name} above 0; found {value}: leave it out to take all questions")
+        self.tokenizer, self.limit, self.subsample = tokenizer, limit, subsample
+        self._planner = Planner(tokenizer, batch_tokens, truncate=truncate)
         # Only what comes from the hub goes through a cache that one rank should fill first.
         with main_first() if data_dir is None else nullcontext():
             with _quiet(), compiled_templates():
-                self._tasks = load_tasks(tasks, data_dir=data_dir, include_path=include_path)
-                for task in self._tasks["tasks"].values():
-                    task.build_all_requests(limit=limit)
+                self._loaded = load_tasks(
+                    tasks,
+                    data_dir=data_dir,
+                    include_path=include_path,
+                    limit=limit,
+                    subsample=subsample,
+                    permute=permute,
+                )
+                for task in self.tasks.values():
+                    task.build_all_requests()
+        self.names = [*self.tasks, *self._loaded["groups"]]
+        if model_config is not None:
+            self._plan(context_length(model_config, tokenizer))
+        # Hundreds of thousands of objects that stay: the garbage collector need not walk through them in each `run`.
+        gc.collect()
+        gc.freeze()
+
+    @property
+    def tasks(self) -> dict[str, QuestionTask]:
+        """The tasks with questions, by name."""
+        return self._loaded["tasks"]
+
+    def question_ids(self) -> dict[str, list[str]]:
+        """The identity of each question that will be asked, by task: 16 hexadecimal digits of its SHA-256."""
+        return {name: [hashes.doc_hash[:16] for hashes in task.hashes()] for name, task in self.tasks.items()}
 
     def run(self, model: PreTrainedModel, *, name: str | None = None, revision: str | None = None) -> dict[str, Any]:
         """Measure `model` as it is: in training or not, plain or sharded.
@@ -71,28 +110,71 @@ class Evaluation:
             revision: recorded only.
 
         Returns:
-            lm-eval's result dictionary with `samples`, the same on every rank, and under `unlearn` what this project
-            adds: data digests, dtypes, ties, truncations, world size, seconds, and `summary.summarise`.
+            lm-eval's result dictionary with `samples`, the same on every rank; `answers`, an `Answers` for each task
+            with an accuracy; and under `unlearn` what this project adds: data digests, dtypes, ties, truncations,
+            world size, seconds, `questions` (`Answers.record` by task), and `summary` (`summary.summarise`).
 
         Raises:
             UserError: a log-likelihood is NaN, or the ranks were given different questions.
         """
         started = time.time()
         lm = LiveModel(model, self.tokenizer, planner=self._planner)
+        self._plan(lm.max_length)
         with _quiet(), compiled_templates():
-            result: dict[str, Any] = evaluate(
-                lm, self._tasks, limit=self.limit, bootstrap_iters=BOOTSTRAP_ITERS, log_samples=True
-            )
+            # The samples are put together here: lm-eval would hash every question again in every evaluation.
+            result: dict[str, Any] = evaluate(lm, self._loaded, bootstrap_iters=BOOTSTRAP_ITERS, log_samples=False)
+        result["samples"] = {task: found.samples() for task, found in self.tasks.items()}
         seconds = time.time() - started
         name = name or model.config._name_or_path or type(model).__name__
         result.update(self._description(model, name, revision, started, seconds))
+        for task, counts in result["n-samples"].items():
+            counts["original"] = self.tasks[task].available
         result["task_hashes"] = {task: _hash_of_task(samples) for task, samples in result["samples"].items()}
-        result["unlearn"] = self._own(lm, result["samples"], seconds) | {"summary": summarise(result)}
+        result["answers"] = self._answers(result["samples"], lm.tokens)
+        result["unlearn"] = self._own(lm, result["answers"], seconds) | {"summary": summarise(result)}
+        _cluster_errors(result)
         return result
 
-    def write(self, result: dict[str, Any], out: str | Path, *, overwrite: bool = False) -> Path | None:
+    def write(
+        self, result: dict[str, Any], out: str | Path, *, overwrite: bool = False, samples: bool = False
+    ) -> Path | None:
         """Write a result below `out` in lm-eval's layout; every rank must call it. See `output.write_result`."""
-        return write_result(result, Path(out), overwrite=overwrite)
+        return write_result(result, Path(out), overwrite=overwrite, samples=samples)
+
+    def _plan(self, max_length: int) -> None:
+        """Plan what lm-eval will ask for, so that what is wrong with the questions shows before any forward pass."""
+        asked: dict[str, list[Any]] = {}
+        for task in self.tasks.values():
+            for instance in task.instances:
+                asked.setdefault(instance.request_type, []).extend([instance.args] * (instance.repeats or 1))
+        if "loglikelihood_rolling" in asked:
+            self._planner.plan_rolling([text for (text,) in asked["loglikelihood_rolling"]], max_length)
+        if "loglikelihood" in asked:
+            plan = self._planner.plan(asked["loglikelihood"], max_length)
+            self._check_letters(dict(zip(asked["loglikelihood"], plan.lengths, strict=True)))
+
+    def _check_letters(self, tokens: Mapping[tuple[str, str], int]) -> None:
+        """Raise unless every letter is a single token after its question, as all published numbers take it to be."""
+        for name, task in self.tasks.items():
+            if task.letters is None:
+                continue
+            for instance in task.instances:
+                if tokens[instance.args] != 1:
+                    raise UserError(
+                        f"expected each answer letter of task {name} to be one token of the tokenizer; found "
+                        f"{tokens[instance.args]} for {instance.args[1]!r}: the letters' probabilities would mean "
+                        "something else, choose a model with another tokenizer or a task with full answers"
+                    )
+
+    def _answers(
+        self, samples: dict[str, list[dict[str, Any]]], tokens: Mapping[tuple[str, str], int]
+    ) -> dict[str, Answers]:
+        found = {}
+        for name, task in self.tasks.items():
+            answers = collect(samples[name], task.letters, tokens, task.config.target_delimiter)
+            if answers is not None:
+                found[name] = answers
+        return found
 
     def _description(
         self, model: PreTrainedModel, name: str, revision: str | None, started: float, seconds: float
@@ -125,29 +207,34 @@ class Evaluation:
             "total_evaluation_time_seconds": str(seconds),
         }
 
-    def _own(self, lm: LiveModel, samples: dict[str, list[dict[str, Any]]], seconds: float) -> dict[str, Any]:
-        plan = lm.plan
-        assert plan is not None, "evaluate asks at least one question"
-        ties = {task: sum(map(_is_tie, rows)) for task, rows in samples.items()}
+    def _own(self, lm: LiveModel, answers: dict[str, Answers], seconds: float) -> dict[str, Any]:
+        ties = {task: sum(found.ties) for task, found in answers.items() if found.ties}
+        asked = sum(len(found.ties) for found in answers.values())
         return {
-            "data": {name: task.provenance for name, task in self._tasks["tasks"].items()},
+            "data": {name: task.provenance for name, task in self.tasks.items()},
             "dtypes": lm.dtypes(),
             "ties": ties,
-            "tie_rate": sum(ties.values()) / sum(map(len, samples.values())),
+            "tie_rate": sum(ties.values()) / asked if asked else None,
             "max_length": lm.max_length,
-            "truncated_rows": plan.truncated,
-            "rows": sum(map(len, plan.batches)),
-            "requests": plan.requests,
-            "batches": len(plan.batches),
+            "truncated_rows": sum(plan.truncated for plan in lm.plans),
+            "rows": sum(len(batch) for plan in lm.plans for batch in plan.batches),
+            "requests": sum(plan.requests for plan in lm.plans),
+            "batches": sum(len(plan.batches) for plan in lm.plans),
+            "subsample": self.subsample,
+            "orders": max(task.orders for task in self.tasks.values()),
             "world_size": world_size(),
             "seconds": seconds,
+            "questions": {task: found.record() for task, found in answers.items()},
         }
 
 
-def _is_tie(sample: dict[str, Any]) -> bool:
-    """Whether two choices share the highest log-likelihood: the first then wins by its place alone."""
-    scores = [response[0] for response in sample["filtered_resps"]]
-    return scores.count(max(scores)) > 1
+def _cluster_errors(result: dict[str, Any]) -> None:
+    """Replace the standard errors of questions asked in several orders, which lm-eval takes to be independent."""
+    for name, numbers in result["unlearn"]["summary"].items():
+        if "orders" in numbers:
+            for table in (result["results"], result.get("groups", {})):
+                if name in table:
+                    table[name][f"{numbers['metric']}_stderr,none"] = numbers["stderr"]
 
 
 def _hash_of_task(samples: list[dict[str, Any]]) -> str:

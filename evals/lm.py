@@ -1,14 +1,16 @@
 """lm-eval's model interface over a live `transformers` model, on any number of ranks.
 
-lm-eval is told rank 0 of 1 on *every* rank; the work is dealt out inside `loglikelihood`, and every rank gets all
-results. Shapes: B rows, S tokens, D hidden size, N scored positions, V vocabulary.
+lm-eval is told rank 0 of 1 on *every* rank; the work is dealt out inside `loglikelihood` and its like, and every rank
+gets all results. Shapes: B rows, S tokens, D hidden size, N scored positions, V vocabulary.
 
 Communication of one pass: one all-reduce of the plan's checksum, then no collective of our own until one all-reduce of
 the scores in float64. Each score is computed on one rank and is zero elsewhere, so the sum is exact and the result is
-the same, bit for bit, on any number of ranks.
+the same, bit for bit, on any number of ranks. Generation asks after each token whether every rank has finished, and
+gathers the texts at the end.
 """
 
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
@@ -23,18 +25,19 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from evals.plan import Plan, Planner, Row, encode_strings, prefix_token
-from unlearn.distributed import all_sum, is_main, rank, world_size
+from evals.encode import encode_strings, prefix_token
+from evals.generate import Writing, batch_writings, make_writings, write_greedily
+from evals.plan import Plan, Planner, Row
+from unlearn.distributed import all_sum, all_true, is_main, rank, world_size
 from unlearn.errors import UserError
 
 DEFAULT_MAX_LENGTH = 2048  # where neither config nor tokenizer says, as in lm-eval
-SOFTMAX_ROWS = 256  # log-softmax a few rows at a time: it needs a second copy of [rows, V]
-
-_ONLY_CHOICES = "expected a multiple-choice task; found one that {}: only multiple-choice tasks are supported"
+DEFAULT_LONGEST = 256  # tokens to generate where a task does not say, as in lm-eval
+SOFTMAX_ROWS = 256  # of logits whose exponentials are summed at a time
 
 
 class LiveModel(TemplateLM):
-    """Log-likelihoods of a model that may be in the middle of its training, plain or sharded with FSDP2.
+    """Log-likelihoods and texts of a model that may be in the middle of its training, plain or sharded with FSDP2.
 
     Only the root module is called, so a sharded model gathers and frees its weights as in training. Gradients, random
     state and the training flags of all modules are left as they were.
@@ -46,22 +49,23 @@ class LiveModel(TemplateLM):
         tokenizer: PreTrainedTokenizerBase,
         *,
         batch_tokens: int = 16384,
-        max_length: int | None = None,
+        truncate: bool = False,
         planner: Planner | None = None,
     ):
         """Wrap `model`.
 
         Args:
             batch_tokens: rows x longest row of one forward pass of one rank.
-            max_length: longest row in tokens; None takes the model's own.
+            truncate: cut contexts that are longer than the model's from the left, instead of raising.
             planner: a planner from an earlier evaluation, so that the same questions are not tokenised again; its
-                tokenizer and batch size then hold.
+                tokenizer, batch size and `truncate` then hold.
         """
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
-        self.planner = planner or Planner(tokenizer, batch_tokens)
-        self.max_length = max_length or resolve_max_length(model.config, tokenizer, default=DEFAULT_MAX_LENGTH)
-        self.plan: Plan | None = None
+        self.planner = planner or Planner(tokenizer, batch_tokens, truncate=truncate)
+        self.max_length = context_length(model.config, tokenizer)
+        self.plans: list[Plan] = []
+        self.tokens: dict[tuple[str, str], int] = {}  # how many tokens each continuation has
         self._device = next(model.parameters()).device
 
     @property
@@ -90,11 +94,61 @@ class LiveModel(TemplateLM):
         Raises:
             UserError: ranks planned different work, or a log-likelihood is NaN.
         """
-        plan = self.plan = self.planner.plan([request.args for request in requests], self.max_length)
-        self._check_agreement(plan)
-        scores = self._score(plan, progress=is_main() and not disable_tqdm)
-        self._check_finite(requests, scores)
+        pairs = [request.args for request in requests]
+        plan = self.planner.plan(pairs, self.max_length)
+        self.tokens.update(zip(pairs, plan.lengths, strict=True))
+        scores = self._run(plan, progress=not disable_tqdm)
+        _check_finite(scores[:, 0], [request.task_name for request in requests])
         return [(score, wrong == 0.0) for score, wrong in scores.tolist()]
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, each token given what fits of those before it.
+
+        Texts longer than the model's context are cut into windows of that length, as lm-eval cuts them: each token is
+        scored once, the first of a window after one token of the window before.
+
+        Args:
+            requests: lm-eval `Instance`s with `args = (text,)`, the same on every rank.
+
+        Returns:
+            natural logarithm of the probability per request, the same on every rank.
+
+        Raises:
+            UserError: as `loglikelihood`.
+        """
+        texts = [request.args[0] for request in requests]
+        plan, owners = self.planner.plan_rolling(texts, self.max_length)
+        scores = self._run(plan, progress=not disable_tqdm)[:, 0]
+        sums = torch.zeros(len(texts), dtype=torch.float64).index_add_(0, torch.tensor(owners), scores)
+        _check_finite(sums, [request.task_name for request in requests])
+        return sums.tolist()
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Greedy continuations of contexts, each up to the first of its stop strings.
+
+        Args:
+            requests: lm-eval `Instance`s with `args = (context, generation_kwargs)`, the same on every rank.
+
+        Returns:
+            a text per request, the same on every rank.
+
+        Raises:
+            UserError: a task asks for sampling or beams, or the ranks planned different work.
+        """
+        contexts = [request.args[0] for request in requests]
+        encoded = encode_strings(self.tokenizer, contexts)
+        writings = make_writings(
+            self.tokenizer,
+            [encoded[context] for context in contexts],
+            [request.args[1] for request in requests],
+            max_length=self.max_length,
+            default_longest=DEFAULT_LONGEST,
+        )
+        batches = batch_writings(writings, self.planner.batch_tokens)
+        self._check_agreement(zlib.crc32(repr(batches).encode()))
+        with evaluating(self.model):
+            found = self._write(batches, progress=not disable_tqdm)
+        return [text for _, text in sorted(_gathered(found))]
 
     def dtypes(self) -> dict[str, list[str]]:
         """Types of the weights, of the products in the blocks, and of the unembedding's, for the record.
@@ -110,17 +164,11 @@ class LiveModel(TemplateLM):
     def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         raise NotImplementedError("loglikelihood does its own encoding and never comes here")
 
-    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        raise UserError(_ONLY_CHOICES.format("measures perplexity"))
-
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        raise UserError(_ONLY_CHOICES.format("generates text"))
-
-    def _check_agreement(self, plan: Plan) -> None:
+    def _check_agreement(self, checksum: int) -> None:
         """Raise on all ranks if any two planned different work: they would wait for each other for ever."""
         if world_size() == 1:
             return
-        extremes = torch.tensor([plan.checksum, -plan.checksum], device=self._device)
+        extremes = torch.tensor([checksum, -checksum], device=self._device)
         dist.all_reduce(extremes, dist.ReduceOp.MAX)
         if extremes[0] != -extremes[1]:
             raise UserError(
@@ -128,21 +176,55 @@ class LiveModel(TemplateLM):
                 "give all nodes the same data, tokenizer and --batch-tokens"
             )
 
-    def _score(self, plan: Plan, progress: bool) -> Tensor:
+    def _run(self, plan: Plan, progress: bool) -> Tensor:
         """float64 [requests, 2] on the CPU: log-likelihood, and how many tokens greedy decoding writes otherwise."""
+        self._check_agreement(plan.checksum)
+        self.plans.append(plan)
         scores = torch.zeros(plan.requests, 2, dtype=torch.float64)
-        ranks, mine = world_size(), rank()
         total = sum(map(len, plan.batches))
-        bar = tqdm(total=total, unit="row", desc="Evaluating", leave=False, disable=not progress)
+        bar = tqdm(total=total, unit="row", desc="Evaluating", leave=False, disable=not (progress and is_main()))
         with evaluating(self.model), bar:
-            for first in range(0, len(plan.batches), ranks):
-                group = plan.batches[first : first + ranks]
-                if mine < len(group):
-                    self._score_batch(group[mine], scores)
+            for mine, group in _dealt(plan.batches):
+                if mine is not None:
+                    self._score_batch(mine, scores)
                 else:  # a sharded model needs every rank in every forward pass
-                    self._log_probabilities([Row((0,), 1)])
+                    self._logits([Row((0,), 1)])
                 bar.update(sum(map(len, group)))
         return all_sum(scores.to(self._device)).cpu()
+
+    def _write(self, batches: list[list[Writing]], progress: bool) -> list[tuple[int, str]]:
+        """The texts of this rank's batches, with the index of their requests."""
+        found: list[tuple[int, str]] = []
+        total = sum(map(len, batches))
+        bar = tqdm(total=total, unit="text", desc="Generating", leave=False, disable=not (progress and is_main()))
+        with bar:
+            for mine, group in _dealt(batches):
+                texts = write_greedily(
+                    self._next_tokens,
+                    self.tokenizer,
+                    mine or [],
+                    self._device,
+                    self._end_tokens(),
+                    lambda done: all_true(done, self._device),
+                )
+                found += zip([one.index for one in mine or []], texts, strict=True)
+                bar.update(sum(map(len, group)))
+        return found
+
+    def _end_tokens(self) -> frozenset[int]:
+        """The tokens that end a text: the tokenizer's, and those of the model's generation config."""
+        configured = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        listed = configured if isinstance(configured, list) else [configured]
+        return frozenset(token for token in [self.tokenizer.eos_token_id, *listed] if token is not None)
+
+    def _next_tokens(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """The likeliest next token of each row, int64 [B], and the keys and values so far; see `generate.Step`."""
+        rows = torch.arange(len(ids), device=self._device)
+        with float32_head(self.model.get_output_embeddings(), rows, torch.full_like(rows, ids.shape[1] - 1)):
+            output = self.model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            )
+        return output.logits[0].argmax(dim=-1), output.past_key_values
 
     def _score_batch(self, rows: list[Row], scores: Tensor) -> None:
         """Add the scores of `rows` to `scores`, in place."""
@@ -154,14 +236,17 @@ class LiveModel(TemplateLM):
             for offset, token in enumerate(tokens)
         ]
         requests, positions, tokens = torch.tensor(wanted).unbind(1)  # [tokens of all continuations] each
-        log_probabilities, greedy = self._log_probabilities(rows)
-        chosen = log_probabilities[positions.to(self._device), tokens.to(self._device)].cpu().double()
+        logits = self._logits(rows)
+        # One number a row, some rows at a time: log-softmax would need a second [N, V].
+        total = torch.cat([part.logsumexp(dim=-1) for part in logits.split(SOFTMAX_ROWS)])  # [N]
+        greedy, where = logits.argmax(dim=-1), positions.to(self._device)
+        chosen = (logits[where, tokens.to(self._device)] - total[where]).cpu().double()
         wrong = (greedy.cpu()[positions] != tokens).double()
         # On the CPU, where index_add_ sums in one fixed order.
         scores.index_add_(0, requests, torch.stack([chosen, wrong], dim=1))
 
-    def _log_probabilities(self, rows: list[Row]) -> tuple[Tensor, Tensor]:
-        """Next-token log-probabilities at the scored positions of `rows`: float32 [N, V], and their argmax [N]."""
+    def _logits(self, rows: list[Row]) -> Tensor:
+        """The next token's logits at the scored positions of `rows`: float32 [N, V]."""
         width = max(len(row.tokens) for row in rows)
         # Padding on the right is never attended to by what comes before it, so it needs no mask and may be any token.
         padded = [row.tokens + (row.tokens[-1],) * (width - len(row.tokens)) for row in rows]
@@ -169,19 +254,38 @@ class LiveModel(TemplateLM):
         input_ids = torch.tensor(padded, device=self._device)  # [B, S]
         row, position = torch.tensor(where, device=self._device).unbind(1)  # [N] each
         with float32_head(self.model.get_output_embeddings(), row, position):
-            logits = self.model(input_ids=input_ids, use_cache=False).logits[0].float()  # [N, V]
-        greedy = logits.argmax(dim=-1)
-        for part in logits.split(SOFTMAX_ROWS):
-            part.copy_(F.log_softmax(part, dim=-1))
-        return logits, greedy
+            return self.model(input_ids=input_ids, use_cache=False).logits[0].float()  # [N, V]
 
-    def _check_finite(self, requests: list[Any], scores: Tensor) -> None:
-        bad = scores[:, 0].isnan().nonzero().flatten().tolist()
-        if bad:
-            raise UserError(
-                f"expected numbers as log-likelihoods; found NaN in {len(bad)} of {len(requests)} "
-                f"(first in task {requests[bad[0]].task_name}): the model's weights or activations are broken"
-            )
+
+def context_length(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The longest row in tokens that a model takes, as lm-eval reads it off its configuration or tokenizer."""
+    return resolve_max_length(config, tokenizer, default=DEFAULT_MAX_LENGTH)
+
+
+def _dealt(batches: Sequence[list[Any]]) -> Iterator[tuple[list[Any] | None, Sequence[list[Any]]]]:
+    """This rank's batch (None: nothing left) of each group of batches that the ranks run at the same time."""
+    ranks, mine = world_size(), rank()
+    for first in range(0, len(batches), ranks):
+        group = batches[first : first + ranks]
+        yield (group[mine] if mine < len(group) else None), group
+
+
+def _gathered(mine: list[Any]) -> list[Any]:
+    """The items of all ranks."""
+    if world_size() == 1:
+        return mine
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, mine)
+    return [item for part in parts for item in part]
+
+
+def _check_finite(scores: Tensor, tasks: list[str]) -> None:
+    bad = scores.isnan().nonzero().flatten().tolist()
+    if bad:
+        raise UserError(
+            f"expected numbers as log-likelihoods; found NaN in {len(bad)} of {len(tasks)} (first in task "
+            f"{tasks[bad[0]]}): the model's weights or activations are broken"
+        )
 
 
 @contextmanager

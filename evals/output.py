@@ -1,5 +1,5 @@
 """Results on disk, in lm-eval's own layout, so that its readers' tools find them:
-`OUT/<model, / as __>/results_<time>.json` and, beside it, `samples_<task>_<time>.jsonl`.
+`OUT/<model, / as __>/results_<time>.json` and, on request, `samples_<task>_<time>.jsonl` beside it.
 """
 
 import json
@@ -28,7 +28,7 @@ def check_output(out: Path, model_name: str, *, overwrite: bool) -> None:
             _prepare(out, model_name, overwrite)
 
 
-def write_result(result: dict[str, Any], out: Path, *, overwrite: bool = False) -> Path | None:
+def write_result(result: dict[str, Any], out: Path, *, overwrite: bool = False, samples: bool = False) -> Path | None:
     """Write a result of `Evaluation.run`. Every rank must call it; rank 0 writes, and if it fails they all do.
 
     Each file is written under a temporary name and renamed, the results last: where they are, the samples are whole.
@@ -36,6 +36,7 @@ def write_result(result: dict[str, Any], out: Path, *, overwrite: bool = False) 
     Args:
         result: left unchanged.
         overwrite: remove older results of the same model once the new ones are there.
+        samples: also write every question with its prompts and log-likelihoods.
 
     Returns:
         The path of `results_<time>.json` on rank 0, None elsewhere.
@@ -49,19 +50,19 @@ def write_result(result: dict[str, Any], out: Path, *, overwrite: bool = False) 
     with fail_together():
         if is_main():
             _prepare(out, result["model_name"], overwrite)
-            _write_all(result, file, overwrite)
+            _write_all(result, file, overwrite, samples)
     return file if is_main() else None
 
 
-def _write_all(result: dict[str, Any], file: Path, overwrite: bool) -> None:
+def _write_all(result: dict[str, Any], file: Path, overwrite: bool, wanted: bool) -> None:
     """Write samples, then `file`, then remove what they replace."""
     folder, stamp = file.parent, file.stem.removeprefix("results_")
     old = _results(folder) + sorted(folder.glob("samples_*.jsonl"))
     new = []
-    for task, samples in result["samples"].items():
+    for task, samples in result["samples"].items() if wanted else ():
         new.append(folder / f"samples_{task}_{stamp}.jsonl")
         _write(new[-1], (_dump(_sample(sample)) + "\n" for sample in samples))
-    summary = {key: value for key, value in result.items() if key != "samples"}
+    summary = {key: value for key, value in result.items() if key not in ("samples", "answers")}
     _write(file, [_dump(summary, indent=2), "\n"])
     for path in old:
         if overwrite and path not in [file, *new]:

@@ -5,81 +5,18 @@ that is what makes results the same at any number of them.
 """
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerBase
 
+from evals.encode import Pair, TokenPair, encode_pairs, encode_strings, prefix_token
 from unlearn.errors import UserError
 
-Pair = tuple[str, str]  # (context, continuation): the log-likelihood of the second after the first is wanted
-TokenPair = tuple[list[int], list[int]]
-
-
-def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that stands for an empty context: BOS, else EOS, else None."""
-    return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-
-
-def encode_strings(tokenizer: PreTrainedTokenizerBase, strings: Iterable[str]) -> dict[str, list[int]]:
-    """Token ids of each distinct string, with the tokenizer's own special tokens, as lm-eval's HFLM encodes them.
-
-    A string that already starts with the prefix token's text gets no special tokens, or BOS would stand there twice.
-    """
-    distinct = list(dict.fromkeys(strings))
-    prefix = prefix_token(tokenizer)
-    start = str(tokenizer.decode([prefix])) if prefix is not None else None
-    encoded: dict[str, list[int]] = {}
-    for special in (True, False):
-        group = [string for string in distinct if (start is None or not string.startswith(start)) == special]
-        if group:
-            encoded.update(zip(group, _encode(tokenizer, group, special), strict=True))
-    return encoded
-
-
-def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> list[TokenPair]:
-    """Split each (context, continuation) into tokens exactly as lm-eval's `TemplateLM` does.
-
-    Spaces at the end of a context belong to the continuation. The two are encoded together, and the continuation is
-    what is longer than the context alone. An empty context becomes the prefix token.
-
-    Raises:
-        UserError: a continuation without tokens, or an empty context where the tokenizer has neither BOS nor EOS.
-    """
-    split = [_move_spaces(context, continuation) for context, continuation in pairs]
-    with_context = [pair for pair in split if pair[0]]
-    encoded = encode_strings(tokenizer, [text for pair in with_context for text in (pair[0], pair[0] + pair[1])])
-    bare = list(dict.fromkeys(continuation for context, continuation in split if not context))
-    alone = dict(zip(bare, _encode(tokenizer, bare, False), strict=True)) if bare else {}
-    tokens = []
-    for context, continuation in split:
-        if context:
-            start = encoded[context]
-            tokens.append((start, encoded[context + continuation][len(start) :]))
-        else:
-            tokens.append(_after_prefix(prefix_token(tokenizer), alone[continuation]))
-        if not tokens[-1][1] or not tokens[-1][0]:
-            raise UserError(f"expected answers of at least one token; found {continuation!r}: mend the task's choices")
-    return tokens
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, strings: list[str], special: bool) -> list[list[int]]:
-    return tokenizer(strings, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
-
-
-def _move_spaces(context: str, continuation: str) -> Pair:
-    stripped = context.rstrip()
-    if not stripped:  # nothing but spaces: lm-eval would encode an empty context here, without a prefix token
-        return "", context + continuation
-    return stripped, context[len(stripped) :] + continuation
-
-
-def _after_prefix(prefix: int | None, continuation: list[int]) -> TokenPair:
-    if prefix is None:
-        raise UserError("expected a tokenizer with a BOS or EOS token for empty contexts; found neither: set one")
-    if continuation[:1] == [prefix]:
-        return continuation[:1], continuation[1:]
-    return [prefix], continuation
+# Positions of a batch whose logits are wanted: at V = 50,000 in float32 they take 0.8 GB.
+SCORED_POSITIONS = 4096
 
 
 @dataclass(frozen=True)
@@ -98,17 +35,19 @@ class Plan:
     Attributes:
         requests: how many log-likelihoods are wanted.
         batches: the rows, longest first; each batch is one forward pass of one rank.
+        lengths: how many tokens each request scores.
         truncated: how many rows lost tokens on the left.
         checksum: CRC-32 of the batches, equal on ranks that planned the same.
     """
 
     requests: int
     batches: list[list[Row]]
+    lengths: list[int]
     truncated: int
     checksum: int
 
 
-def make_plan(pairs: Sequence[TokenPair], *, max_length: int, batch_tokens: int) -> Plan:
+def make_plan(pairs: Sequence[TokenPair], *, max_length: int, batch_tokens: int, truncate: bool = False) -> Plan:
     """Turn token pairs into rows and batches.
 
     A row is context + continuation without the last token, cut from the left to `max_length`. Requests whose rows are
@@ -117,37 +56,50 @@ def make_plan(pairs: Sequence[TokenPair], *, max_length: int, batch_tokens: int)
     Args:
         max_length: the longest row, in tokens.
         batch_tokens: rows x longest row of a batch, padding included; a longer single row is a batch of its own.
+        truncate: cut contexts that are too long from the left, as lm-eval does.
 
     Raises:
-        UserError: a continuation is longer than the model's context.
+        UserError: a continuation is longer than the model's context, or a context is and `truncate` is not set.
     """
     groups: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
-    cut = set()
+    cut = dict[tuple[int, ...], int]()
     for index, (context, continuation) in enumerate(pairs):
         if len(continuation) > max_length:
             raise UserError(
                 f"expected answers of at most {max_length} tokens, the model's context; found one of "
                 f"{len(continuation)}: use a model with a longer context"
             )
-        whole = tuple(context + continuation)
-        tokens = whole[-(max_length + 1) :][:-1]
+        whole = (*context, *continuation)
+        tokens = whole[-(max_length + 1) : -1]
         groups.setdefault(tokens, []).append((index, continuation))
         if len(whole) > max_length + 1:
-            cut.add(tokens)
+            cut[tokens] = len(whole) - 1
+    if cut and not truncate:
+        raise UserError(
+            f"expected questions of at most {max_length} tokens, the model's context; found {len(cut)} longer ones, up "
+            f"to {max(cut.values())} tokens: use a model with a longer context, or let evals/run.py cut their "
+            "beginnings off with --truncate, as lm-eval does"
+        )
     rows = [Row(tokens, max(len(c) for _, c in requests), requests) for tokens, requests in groups.items()]
     rows.sort(key=lambda row: (-len(row.tokens), row.tokens))
     batches = _batches(rows, batch_tokens)
-    return Plan(len(pairs), batches, len(cut), _checksum(batches))
+    lengths = [len(continuation) for _, continuation in pairs]
+    return Plan(len(pairs), batches, lengths, len(cut), _checksum(batches))
 
 
 def _batches(rows: list[Row], batch_tokens: int) -> list[list[Row]]:
-    """Cut rows, longest first, where the next one would bring a batch above `batch_tokens` with its padding."""
+    """Cut rows, longest first, where the next one would bring a batch above `batch_tokens` with its padding, or above
+    `SCORED_POSITIONS`."""
     batches: list[list[Row]] = []
+    scored = 0
     for row in rows:
-        if batches and (len(batches[-1]) + 1) * len(batches[-1][0].tokens) <= batch_tokens:
+        scored += row.scored
+        fits = batches and (len(batches[-1]) + 1) * len(batches[-1][0].tokens) <= batch_tokens
+        if fits and scored <= SCORED_POSITIONS:
             batches[-1].append(row)
         else:
             batches.append([row])
+            scored = row.scored
     return batches
 
 
@@ -159,19 +111,54 @@ def _checksum(batches: list[list[Row]]) -> int:
     return checksum
 
 
-class Planner:
-    """Makes plans for one tokenizer, and keeps the last: the next evaluation in a training run asks the same."""
+def rolling_pairs(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> list[list[TokenPair]]:
+    """Cut each text into windows of `max_length` that score every token once, as lm-eval does for perplexities.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, batch_tokens: int):
+    Raises:
+        UserError: the tokenizer has neither BOS nor EOS, which the first token of a text follows; or a text is empty.
+    """
+    prefix = prefix_token(tokenizer)
+    if prefix is None:
+        raise UserError("expected a tokenizer with a BOS or EOS token for perplexities; found neither: set one")
+    encoded = encode_strings(tokenizer, texts)
+    if any(not encoded[text] for text in texts):
+        raise UserError("expected texts of at least one token for a perplexity; found an empty one: mend the data")
+    return [
+        [make_disjoint_window(pair) for pair in get_rolling_token_windows(encoded[text], prefix, max_length, 1)]
+        for text in texts
+    ]
+
+
+class Planner:
+    """Makes plans for one tokenizer, and keeps the last of each kind: the next evaluation in training asks the same."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, batch_tokens: int, *, truncate: bool = False):
         if batch_tokens <= 0:
             raise UserError(f"expected --batch-tokens above 0; found {batch_tokens}: 16384 suits most GPUs")
-        self.tokenizer, self.batch_tokens = tokenizer, batch_tokens
-        self._last: tuple[list[Pair], int, Plan] | None = None
+        self.tokenizer, self.batch_tokens, self.truncate = tokenizer, batch_tokens, truncate
+        self._kept: dict[str, tuple[Any, Any]] = {}
 
-    def plan(self, pairs: list[Pair], max_length: int) -> Plan:
-        """The plan for `pairs`, made anew only if they or the length changed."""
-        if self._last is None or self._last[:2] != (pairs, max_length):
-            tokens = encode_pairs(self.tokenizer, pairs)
-            plan = make_plan(tokens, max_length=max_length, batch_tokens=self.batch_tokens)
-            self._last = (pairs, max_length, plan)
-        return self._last[2]
+    def plan(self, pairs: Sequence[Pair], max_length: int) -> Plan:
+        """The plan for log-likelihoods of `pairs`, made anew only if they or the length changed."""
+        return self._keep(
+            "pairs", (pairs, max_length), lambda: self._plan(encode_pairs(self.tokenizer, pairs), max_length)
+        )
+
+    def plan_rolling(self, texts: Sequence[str], max_length: int) -> tuple[Plan, list[int]]:
+        """The plan for whole texts, and which text each of its requests is a window of."""
+
+        def make() -> tuple[Plan, list[int]]:
+            windows = rolling_pairs(self.tokenizer, texts, max_length)
+            owners = [index for index, own in enumerate(windows) for _ in own]
+            return self._plan([pair for own in windows for pair in own], max_length), owners
+
+        return self._keep("rolling", (texts, max_length), make)
+
+    def _plan(self, tokens: list[TokenPair], max_length: int) -> Plan:
+        return make_plan(tokens, max_length=max_length, batch_tokens=self.batch_tokens, truncate=self.truncate)
+
+    def _keep(self, kind: str, question: Any, make: Callable[[], Any]) -> Any:
+        """What `make` returned for an equal question, or returns now."""
+        if kind not in self._kept or self._kept[kind][0] != question:
+            self._kept[kind] = (question, make())
+        return self._kept[kind][1]

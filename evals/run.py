@@ -1,48 +1,112 @@
-"""WMDP and MMLU, or any other multiple-choice task of lm-eval, for any checkpoint.
+"""WMDP and MMLU, or any other task of lm-eval on text, for any checkpoint, with what tells unlearning from collapse.
 
-    python evals/run.py --model EleutherAI/deep-ignorance-unfiltered --tasks wmdp_bio mmlu_stem --out results
-    torchrun --nproc_per_node 4 evals/run.py --model runs/NAME/model --data-dir questions --out results
+    python evals/run.py --model EleutherAI/deep-ignorance-unfiltered --tasks wmdp_bio_robust mmlu_stem --out results
+    torchrun --nproc_per_node 4 evals/run.py --model runs/NAME/model --data-dir questions --out results \\
+        --target 'wmdp_bio_robust<=0.25' --target 'mmlu_stem>=0.34' --baseline results/BASE
 
-Any number of ranks gives the same numbers to the last bit. Without network give a local --model and --data-dir.
+Any number of ranks gives the same numbers to the last bit. Without network give a local --model and --data-dir, which
+`python -m evals.fetch` prepares. docs/reading-the-numbers.md says what is printed.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from evals.eval_config import EvalConfig
 from unlearn.config import parse_flags
 from unlearn.errors import run_command
 
+if TYPE_CHECKING:
+    from evals.evaluation import Evaluation
+    from evals.paired import Record
+
 
 def evaluate_checkpoint(config: EvalConfig) -> None:
-    """Load, evaluate, write and print."""
+    """Load, evaluate, judge, write and print."""
     # Here and not above, so that --help and a wrong flag answer at once.
-    from lm_eval.utils import make_table
-
-    from evals.evaluation import Evaluation
     from evals.output import check_output, write_result
     from unlearn.distributed import is_main, process_group
-    from unlearn.model import load_model, load_tokenizer
+    from unlearn.model import load_model
     from unlearn.precision import DTYPES
 
     with process_group() as device:
         if config.out is not None:  # mistakes in flags show before the long loading
             check_output(config.out, config.model, overwrite=config.overwrite)
-        evaluation = Evaluation(
-            load_tokenizer(config.model, revision=config.revision),
-            tasks=config.tasks,
-            data_dir=config.data_dir,
-            include_path=config.include_path,
-            limit=config.limit,
-            batch_tokens=config.batch_tokens,
-        )
+        evaluation = _prepare(config)
+        base = _baseline(config, evaluation)
         model = load_model(config.model, revision=config.revision, dtype=DTYPES[config.dtype], device=device)
         result = evaluation.run(model, name=config.model, revision=config.revision)
+        _judge(config, result, base)
         if is_main():
-            print(make_table(result))
-            if "groups" in result:
-                print(make_table(result, "groups"))
+            print(_report(result))
         if config.out is not None:
-            file = write_result(result, config.out, overwrite=config.overwrite)
+            file = write_result(result, config.out, overwrite=config.overwrite, samples=config.samples)
             if file is not None:
                 print(f"Results in {file}")
+
+
+def _prepare(config: EvalConfig) -> "Evaluation":
+    """Questions, templates, tokens and the plan of the work, and every mistake in them."""
+    from evals.evaluation import Evaluation
+    from evals.verdict import check_targets, parse_target
+    from unlearn.model import load_config, load_tokenizer
+
+    evaluation = Evaluation(
+        load_tokenizer(config.model, revision=config.revision),
+        tasks=config.tasks,
+        data_dir=config.data_dir,
+        include_path=config.include_path,
+        limit=config.limit,
+        subsample=config.subsample,
+        permute=config.permute_choices,
+        truncate=config.truncate,
+        batch_tokens=config.batch_tokens,
+        model_config=load_config(config.model, revision=config.revision),
+    )
+    check_targets(map(parse_target, config.target), evaluation.names)
+    return evaluation
+
+
+def _baseline(config: EvalConfig, evaluation: "Evaluation") -> "Record | None":
+    """The results to compare with, once it is sure that they answer the same questions."""
+    from evals.paired import check_same, read_record
+
+    if config.baseline is None:
+        return None
+    base = read_record(config.baseline)
+    check_same(base, evaluation.question_ids())
+    return base
+
+
+def _judge(config: EvalConfig, result: dict[str, Any], base: "Record | None") -> None:
+    """Add the verdict and the comparison to our key of the results."""
+    from evals.paired import Record, compare
+    from evals.verdict import judge, parse_target
+
+    own = result["unlearn"]
+    if config.target:
+        own["verdict"] = judge(own["summary"], map(parse_target, config.target))
+    if base is not None:
+        new = Record(config.model, own["questions"], result["group_subtasks"])
+        own["baseline"] = {"source": base.source, "tasks": compare(base, new, margin=config.margin)}
+
+
+def _report(result: dict[str, Any]) -> str:
+    """lm-eval's tables, then ours."""
+    from lm_eval.utils import make_table
+
+    from evals.paired import table
+    from evals.summary import summary_table
+
+    own = result["unlearn"]
+    parts = [make_table(result)]
+    if "groups" in result:
+        parts.append(make_table(result, "groups"))
+    if own["summary"]:
+        parts.append(summary_table(own["summary"]))
+    if "baseline" in own:
+        parts.append(f"against {own['baseline']['source']}, question by question\n{table(own['baseline']['tasks'])}")
+    if "verdict" in own:
+        parts.append(own["verdict"]["words"])
+    return "\n\n".join(part.rstrip("\n") for part in parts)
 
 
 def main() -> None:

@@ -1,19 +1,31 @@
-"""An evaluation's result in a few numbers a task: accuracy, its interval, and what was answered."""
+"""An evaluation's result in a few numbers a task: accuracy, its interval, what was answered, and whether by habit."""
 
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
-from evals.stats import wilson_interval
+import numpy as np
+
+from evals.answers import Answers
+from evals.letters import check_letters
+from evals.stats import (
+    effective_size,
+    independent_accuracy,
+    permutation_test,
+    shares,
+    standard_error,
+    wilson_interval,
+)
 from unlearn.distributed import fail_together, is_main
 from unlearn.errors import UserError
 from unlearn.files import write_json, writing
 
-Samples = list[dict[str, Any]]
+Summary = dict[str, dict[str, Any]]
 
 
-def summarise(result: dict[str, Any], split_by: str | None = None) -> dict[str, dict[str, Any]]:
+def summarise(result: dict[str, Any], split_by: str | None = None) -> Summary:
     """Condense a result of `Evaluation.run`.
 
     Args:
@@ -21,87 +33,152 @@ def summarise(result: dict[str, Any], split_by: str | None = None) -> dict[str, 
             `<task>/<column>=<value>`.
 
     Returns:
-        {task or group: {"acc", "interval" (Wilson, 95 %), "questions", "predicted" (share of each choice), "debiased"
-        (see below), "debiased_interval"}}. A group is the micro-average of its tasks, as in lm-eval.
+        {task or group: numbers}. A group is the micro-average of its tasks, as in lm-eval. Tasks without an accuracy
+        are left out. Numbers, as fractions:
 
-    "debiased" is the accuracy once each place (letter) is freed of its mean log-likelihood over its task. A model that
-    answers "A" to everything scores 25 % although the other letters may still know: their order then shows here. It
-    is left out where the right answer is not given as the number of a choice. Tasks without "acc" are left out.
+        metric: which metric of lm-eval `acc` is: acc, acc_norm, ...
+        acc, interval (Wilson, 95 %), stderr, questions.
+        tie_rate, probability: with choices: how often two were likeliest; mean probability of the right one among them.
+        answer_probability: with full answers: the mean of P(right answer)^(1/tokens).
+        letters, predicted, right: with letters: their names, how often each was answered, and how often right.
+        independent: sum_l predicted_l x right_l, the accuracy of these answers if they ignored the questions.
+        p_more, p_fewer: permutation tests of `acc` against that, within subjects.
+        letter_check: "collapse", "avoidance", "informed" or "chance" (see `letters.check_letters`).
+        debiased, debiased_interval: accuracy once each letter has lost its mean log-likelihood over its task. A model
+            that answers "A" to everything scores 25 % although the other letters may still know: it shows here.
+        orders, cyclic, cyclic_interval, consistent: with several orders of the choices: how many; accuracy of the
+            choice that is likeliest on average over them; and the share of questions right in all of them.
 
     Raises:
         UserError: no question has the column `split_by`.
     """
-    measured = {task: samples for task, samples in result["samples"].items() if "acc" in samples[0]}
-    pools = {task: [samples] for task, samples in measured.items()}
-    for group, tasks in result.get("group_subtasks", {}).items():
-        members = [measured[task] for task in _leaves(tasks, result) if task in measured]
-        if members:
-            pools[group] = members
+    answers: Mapping[str, Answers] = result["answers"]
+    pools = {task: [found] for task, found in answers.items()}
+    pools |= group_pools(answers, result.get("group_subtasks", {}))
     if split_by is not None:
-        pools |= _split(pools, split_by)
-    return {name: _measure(parts) for name, parts in pools.items()}
+        pools |= _split(pools, answers, result["samples"], split_by)
+    shuffled: dict[int, Any] = {}  # by task: a subject's shuffles serve its groups too
+    return {name: _measure(parts, shuffled) for name, parts in pools.items()}
 
 
-def _leaves(tasks: Iterable[str], result: dict[str, Any]) -> Iterable[str]:
-    """The tasks with questions below some tasks and groups."""
-    for task in tasks:
-        if task in result["samples"]:
-            yield task
+def group_pools(tasks: Mapping[str, Any], groups: Mapping[str, Iterable[str]]) -> dict[str, list[Any]]:
+    """What belongs to the tasks below each group, in order; groups without such tasks are left out."""
+    pools = {
+        group: [tasks[leaf] for leaf in _leaves(children, groups) if leaf in tasks]
+        for group, children in groups.items()
+    }
+    return {group: parts for group, parts in pools.items() if parts}
+
+
+def _leaves(names: Iterable[str], groups: Mapping[str, Iterable[str]]) -> Iterable[str]:
+    for name in names:
+        if name in groups:
+            yield from _leaves(groups[name], groups)
         else:
-            yield from _leaves(result["group_subtasks"].get(task, ()), result)
+            yield name
 
 
-def _split(pools: dict[str, list[Samples]], column: str) -> dict[str, list[Samples]]:
+def _split(
+    pools: dict[str, list[Answers]], answers: Mapping[str, Answers], samples: Mapping[str, list[Any]], column: str
+) -> dict[str, list[Answers]]:
     """The same pools, apart for each value of a column of the questions; `UserError` if no question has it."""
-    apart: dict[str, list[Samples]] = {}
+    documents = {id(found): [s["doc"] for s in samples[task][: len(found.ids)]] for task, found in answers.items()}
+    apart: dict[str, list[Answers]] = {}
     for name, parts in pools.items():
-        values = {str(sample["doc"][column]) for part in parts for sample in part if column in sample["doc"]}
+        values = {str(doc[column]) for part in parts for doc in documents[id(part)] if column in doc}
         for value in sorted(values):
-            chosen = [[sample for sample in part if str(sample["doc"].get(column)) == value] for part in parts]
-            apart[f"{name}/{column}={value}"] = [part for part in chosen if part]
+            indices = [[i for i, doc in enumerate(documents[id(p)]) if str(doc.get(column)) == value] for p in parts]
+            apart[f"{name}/{column}={value}"] = [p.subset(i) for p, i in zip(parts, indices, strict=True) if i]
     if not apart:
-        some = next(iter(pools.values()))[0][0]["doc"]
+        some = next(iter(documents.values()))[0]
         raise UserError(
             f"expected a column of the questions for --split-by; found {column!r}: they have {', '.join(some)}"
         )
     return apart
 
 
-def _measure(parts: list[Samples]) -> dict[str, Any]:
+def _measure(parts: list[Answers], shuffled: dict[int, Any]) -> dict[str, Any]:
     """The numbers of one pool, made of the questions of one task or of several."""
-    samples = [sample for part in parts for sample in part]
-    right, total = round(sum(sample["acc"] for sample in samples)), len(samples)
-    choices = Counter(_likeliest(_likelihoods(sample)) for sample in samples)
+    orders = parts[0].orders
+    means = [share for part in parts for share in part.shares_right()]
+    size = len(means) if orders == 1 else effective_size(means)
     numbers: dict[str, Any] = {
-        "acc": right / total,
-        "interval": list(wilson_interval(right, total)),
-        "questions": total,
-        "predicted": [choices[index] / total for index in range(max(choices) + 1)],
+        "metric": parts[0].metric,
+        "acc": _mean(means),
+        "interval": list(wilson_interval(_mean(means) * size, size)),
+        "stderr": standard_error(means),
+        "questions": len(means),
     }
-    if all(str(sample["target"]).isdigit() for sample in samples):
-        unbiased = sum(map(_debiased_right, parts))
-        numbers |= {"debiased": unbiased / total, "debiased_interval": list(wilson_interval(unbiased, total))}
+    if all(part.answers for part in parts):
+        numbers |= {"tie_rate": _mean(_all(parts, "ties")), "probability": _mean(_all(parts, "probability"))}
+    if all(part.answer_probability for part in parts):
+        numbers["answer_probability"] = _mean(_all(parts, "answer_probability"))
+    if all(part.letters == parts[0].letters != [] for part in parts):
+        numbers |= _letters(parts, numbers, shuffled)
+    if all(part.cyclic for part in parts):
+        cyclic = _all(parts, "cyclic")
+        numbers |= {
+            "orders": orders,
+            "cyclic": _mean(cyclic),
+            "cyclic_interval": list(wilson_interval(sum(cyclic), len(cyclic))),
+            "consistent": _mean([share == 1.0 for share in means]),
+        }
     return numbers
 
 
-def _likelihoods(sample: dict[str, Any]) -> list[float]:
-    """The log-likelihood of each choice."""
-    return [response[0] for response in sample["filtered_resps"]]
+def _letters(parts: list[Answers], numbers: dict[str, Any], shuffled: dict[int, Any]) -> dict[str, Any]:
+    """What the letters say about the answers."""
+    letters, total = parts[0].letters, sum(len(part.right) for part in parts)
+    for part in parts:
+        if id(part) not in shuffled:
+            shuffled[id(part)] = part.shuffled_matches()
+    matches = reduce(add, (shuffled[id(part)] for part in parts))
+    more, fewer = permutation_test(sum(_all(parts, "right")), matches)
+    unbiased = [int(a == t) for a, t in zip(_all(parts, "debiased"), _all(parts, "targets"), strict=True)]
+    found = {
+        "letters": letters,
+        "predicted": shares(_all(parts, "answers"), len(letters)),
+        "right": shares(_all(parts, "targets"), len(letters)),
+        "independent": sum(independent_accuracy(p.answers, p.targets) * len(p.right) for p in parts) / total,
+        "p_more": more,
+        "p_fewer": fewer,
+        "debiased": _mean(unbiased),
+        "debiased_interval": list(wilson_interval(_mean(unbiased) * numbers["questions"], numbers["questions"])),
+    }
+    return found | {"letter_check": check_letters(numbers | found)}
 
 
-def _likeliest(likelihoods: list[float]) -> int:
-    """Which choice the model found likeliest; the first one among equals, as lm-eval counts it."""
-    return likelihoods.index(max(likelihoods))
+def _all(parts: list[Answers], name: str) -> list[Any]:
+    return [value for part in parts for value in getattr(part, name)]
 
 
-def _debiased_right(samples: Samples) -> int:
-    """How many answers are right once each place has lost its mean log-likelihood over these questions of one task."""
-    rows = [_likelihoods(sample) for sample in samples]
-    places = max(map(len, rows))
-    columns = [[row[place] for row in rows if place < len(row)] for place in range(places)]
-    means = [sum(column) / len(column) for column in columns]
-    answers = [_likeliest([value - means[place] for place, value in enumerate(row)]) for row in rows]
-    return sum(answer == int(sample["target"]) for answer, sample in zip(answers, samples, strict=True))
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
+
+
+def summary_table(summary: Summary) -> str:
+    """Accuracies in per cent with their intervals, and the letter check, in lines of text."""
+    width = max(map(len, summary))
+    lines = [
+        f"{'task':{width}} {'questions':>9}  {'accuracy [95 %]':>20} {'debiased [95 %]':>20} {'commonest':>9}  answers"
+    ]
+    for name, numbers in summary.items():
+        line = f"{name:{width}} {numbers['questions']:>9,}  {_cell(numbers['acc'], numbers['interval']):>20}"
+        if "letters" in numbers:
+            share = max(numbers["predicted"])
+            letter = numbers["letters"][numbers["predicted"].index(share)]
+            line += f" {_cell(numbers['debiased'], numbers['debiased_interval']):>20}"
+            line += f" {f'{100 * share:.0f} % {letter}':>9}  {numbers['letter_check']}"
+        lines.append(line)
+        if "orders" in numbers:
+            cyclic = _cell(numbers["cyclic"], numbers["cyclic_interval"])
+            lines.append(f"{'  averaged over orders':{width + 11}} {cyclic:>20}")
+    return "\n".join(lines)
+
+
+def _cell(share: float, interval: list[float]) -> str:
+    low, high = interval
+    return f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def write_summary(result: dict[str, Any], path: Path, split_by: str | None = None) -> dict[str, float]:

@@ -42,7 +42,7 @@ def attack(config: TamperConfig, device: "torch.device", folder: Path) -> None:
     from evals.evaluation import Evaluation
     from unlearn.distributed import is_main
     from unlearn.metrics import MetricsLog
-    from unlearn.model import disable_dropout, load_model, load_tokenizer
+    from unlearn.model import disable_dropout, load_config, load_model, load_tokenizer
     from unlearn.objectives.next_token import NextTokenObjective
     from unlearn.optim.build import build_optimizers, linear_schedule
     from unlearn.precision import DTYPES, autocast
@@ -57,6 +57,8 @@ def attack(config: TamperConfig, device: "torch.device", folder: Path) -> None:
         data_dir=config.data_dir,
         include_path=config.include_path,
         limit=config.limit,
+        subsample=config.eval_subsample,
+        model_config=load_config(config.model, revision=config.revision),
     )
     model = load_model(config.model, revision=config.revision, dtype=torch.float32, device=device)
     disable_dropout(model)

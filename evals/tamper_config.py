@@ -52,6 +52,8 @@ class TamperConfig:
     """Folder with further lm-eval task definitions."""
     limit: int | None = None
     """Evaluate only the first N questions of each task."""
+    eval_subsample: int | None = None
+    """Evaluate only N questions of each of --eval-tasks, shared out among its subjects, the same ones every time."""
     save_model: bool = False
     """Also write the attacked model to <output>/model."""
 
@@ -59,6 +61,11 @@ class TamperConfig:
         for name in ("batch", "micro_batch", "examples", "epochs", "eval_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"expected --{name.replace('_', '-')} to be 1 or more; found {getattr(self, name)}")
+        for name in ("limit", "eval_subsample"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"expected --{name.replace('_', '-')} to be 1 or more; found {getattr(self, name)}")
+        if self.limit is not None and self.eval_subsample is not None:
+            raise UserError("--limit has no effect beside --eval-subsample: give one of them")
         if not 0.0 < self.lr < float("inf"):
             raise UserError(f"expected --lr above 0; found {self.lr}")
         if self.seq_len < 3 or self.seed < 0:

@@ -2,98 +2,27 @@
 
 import difflib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import datasets
 import lm_eval.tasks
 import lm_eval.utils
 from lm_eval.api.group import Group
-from lm_eval.api.instance import Instance
-from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind
 
 from evals.local_data import LocalData
+from evals.question_task import QuestionTask, allocate
 from unlearn.errors import UserError
 
 LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
 # Scanning all of lm-eval's task folders takes 8 s; these are what the project measures with, and take 0.1 s.
-QUICK_FOLDERS = [LM_EVAL_TASKS / "wmdp", LM_EVAL_TASKS / "mmlu" / "default"]
+QUICK_FOLDERS = [LM_EVAL_TASKS / "wmdp", LM_EVAL_TASKS / "mmlu" / "default", LM_EVAL_TASKS / "wikitext"]
 OWN_FOLDER = Path(__file__).parent / "tasks"
 FEWSHOT_SEED = 1234  # lm-eval's default
-# `dataset_path`s that are file formats, with the files named in the task's own YAML
-FORMATS = frozenset({"arrow", "csv", "json", "parquet", "text"})
-
-
-class QuestionTask(ConfigurableTask):
-    """A YAML task of lm-eval that reads local files, and builds its requests once.
-
-    Attributes:
-        local: where the data are; None asks the hub.
-        provenance: what was read: SHA-256 by file, or the fingerprint of what came from the hub by split.
-    """
-
-    local: LocalData | None = None
-
-    def __init__(self, config: dict[str, Any]):
-        self.provenance: dict[str, str] = {}
-        self._built: tuple[int | None, list[Instance]] | None = None
-        super().__init__(config={key: value for key, value in config.items() if key != "class"})
-
-    def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Fill `self.dataset` with the splits that the task names.
-
-        Raises:
-            UserError: a split is missing locally, or the hub cannot be reached.
-        """
-        if self.local is None or self.config.custom_dataset is not None or self.DATASET_PATH in FORMATS:
-            self._read_hub(dataset_kwargs)
-            return
-        assert self.DATASET_PATH is not None, "a YAML task names a dataset_path"
-        questions = self.config.test_split or self.config.validation_split
-        examples = [self.config.training_split, self.config.validation_split, self.fewshot_cfg.split]
-        self.dataset = {}
-        for split in dict.fromkeys(split for split in [questions, *examples] if split):
-            # Without few-shot examples their split need not be there, though lm-eval opens it.
-            needless = split != questions and not self.config.num_fewshot
-            if needless and not self.local.files(self.DATASET_PATH, self.DATASET_NAME, split):
-                self.dataset[split] = datasets.Dataset.from_dict({})
-                continue
-            self.dataset[split], digests = self.local.read(self.DATASET_PATH, self.DATASET_NAME, split)
-            self.provenance.update(digests)
-
-    def _read_hub(self, dataset_kwargs: dict[str, Any] | None) -> None:
-        try:
-            super().download(dataset_kwargs)
-        except (OSError, ValueError) as error:
-            name = "/".join(part for part in (self.DATASET_PATH, self.DATASET_NAME) if part)
-            raise UserError(
-                f"expected the data set {name} of task {self.config.task} on the Hugging Face hub or in its cache; "
-                f"found {type(error).__name__}: connect to the network, or give --data-dir with "
-                f"DIR/{name}/<split>-*.parquet"
-            ) from error
-        self.provenance = {split: getattr(rows, "_fingerprint", "unknown") for split, rows in self.dataset.items()}
-
-    def build_all_requests(self, *, limit: int | None = None, **kwargs: Any) -> None:
-        """Fill `self.instances` with the first `limit` questions, without answers; the second time at no cost.
-
-        lm-eval's own version draws a progress bar per task and rank. Its other arguments (ranks, chat templates,
-        system prompts, caches) stay at their defaults in this project.
-        """
-        if self._built is None or self._built[0] != limit:
-            self._built = (limit, list(self._build(limit)))
-        self._instances = self._built[1]
-        for instance in self._instances:
-            instance.resps, instance.filtered_resps = [], {}
-
-    def _build(self, limit: int | None) -> Iterator[Instance]:
-        for number, document in self.doc_iterator(limit=limit):
-            context = self.fewshot_context(document, self.config.num_fewshot, gen_prefix=self.doc_to_prefix(document))
-            metadata = (self.config.task, number, self.config.repeats)
-            yield from self.construct_requests(doc=document, ctx=context, metadata=metadata)
+SUPPORTED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
 
 
 def load_tasks(
@@ -101,19 +30,26 @@ def load_tasks(
     *,
     data_dir: str | Path | None = None,
     include_path: str | Path | None = None,
+    limit: int | None = None,
+    subsample: int | None = None,
+    permute: bool = False,
 ) -> dict[str, Any]:
-    """Resolve task, group and tag names.
+    """Resolve task, group and tag names, and choose their questions.
 
     Args:
         names: what lm-eval calls them, e.g. `wmdp_bio`, `mmlu_stem`.
         data_dir: folder for *all* data; None reads the hub or its cache.
         include_path: folder with further task YAML files, which win over others of the same name.
+        limit: only the first so many questions of each task.
+        subsample: so many questions of each of `names`, shared out among its subjects and always the same.
+        permute: ask questions with letters in every cyclic order of their choices.
 
     Returns:
         lm-eval's task dictionary: `tasks`, `groups`, `group_map`.
 
     Raises:
-        UserError: no or unknown tasks, a task of a kind that is not multiple choice, one asked for twice, missing data.
+        UserError: no or unknown tasks, a task of an unsupported kind, one asked for twice, missing data, no questions,
+            nothing to permute.
     """
     if not names:
         raise UserError("expected at least one name after --tasks; found none: try wmdp_bio mmlu_stem")
@@ -125,12 +61,32 @@ def load_tasks(
         one = manager._factory.build(manager.task_index[name], overrides={"class": kind}, registry=manager.task_index)
         built.extend(one if isinstance(one, list) else [one])
     loaded = _collect(manager, built)
-    for task in loaded["tasks"].values():
+    tasks: dict[str, QuestionTask] = loaded["tasks"]
+    for task in tasks.values():
         _check_type(task)
         if task.config.num_fewshot is None:
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(FEWSHOT_SEED)
+    sizes = _subsample(names, manager.task_index, tasks, subsample) if subsample is not None else {}
+    for name, task in tasks.items():
+        task.select(limit=limit, subsample=sizes.get(name), permute=permute)
+    if permute and all(task.orders == 1 for task in tasks.values()):
+        raise UserError(
+            "expected a task with letters in the prompt for --permute-choices; found none: leave it out, or add one "
+            "such as wmdp_bio to --tasks"
+        )
     return loaded
+
+
+def _subsample(
+    names: Sequence[str], index: dict[str, Entry], tasks: Mapping[str, QuestionTask], total: int
+) -> dict[str, int]:
+    """How many questions of each task to ask, for `total` of each of `names`."""
+    given: dict[str, int] = {}
+    for name in dict.fromkeys(names):
+        sizes = {leaf: len(tasks[leaf].eval_docs) for leaf in _leaves(name, index) if leaf in tasks}
+        given |= allocate(sizes, total, name)
+    return given
 
 
 def _manager(names: list[str], include_path: str | Path | None) -> TaskManager:
@@ -144,7 +100,7 @@ def _manager(names: list[str], include_path: str | Path | None) -> TaskManager:
     if _unknown(names, manager.task_index):
         manager = TaskManager(include_defaults=True, include_path=list(folders))
     for name in _unknown(names, manager.task_index):
-        close = difflib.get_close_matches(name, manager.all_tasks, n=3)
+        close = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(close)}?" if close else "give its folder with --include-path"
         raise UserError(f"expected the name of a task, group or tag; found {name!r}, which is unknown: {hint}")
     for name in names:
@@ -159,6 +115,12 @@ def _members(entry: Entry) -> list[str]:
     listed = (entry.cfg or {}).get("task") if entry.kind is Kind.GROUP else None
     items = listed if isinstance(listed, list) else []
     return [item if isinstance(item, str) else item.get("task") or item.get("group") for item in items]
+
+
+def _leaves(name: str, index: dict[str, Entry]) -> list[str]:
+    """The tasks that a name stands for."""
+    members = _members(index[name])
+    return [leaf for member in members for leaf in _leaves(member, index)] if members else [name]
 
 
 def _unknown(names: list[str], index: dict[str, Entry]) -> list[str]:
@@ -178,15 +140,16 @@ def _refuse_classes(name: str, index: dict[str, Entry]) -> None:
         _refuse_classes(member, index)
 
 
-def _check_type(task: ConfigurableTask) -> None:
-    if task.OUTPUT_TYPE != "multiple_choice":
+def _check_type(task: QuestionTask) -> None:
+    if task.OUTPUT_TYPE not in SUPPORTED or task.MULTIMODAL:
+        more = " with pictures or sound" if task.MULTIMODAL else ""
         raise UserError(
-            f"expected multiple-choice tasks; found {task.config.task}, which is of type {task.OUTPUT_TYPE}: "
-            "choose another task"
+            f"expected tasks on text of type {', '.join(SUPPORTED)}; found {task.config.task}, which is of type "
+            f"{task.OUTPUT_TYPE}{more}: choose another task"
         )
 
 
-def _collect(manager: TaskManager, built: list[ConfigurableTask | Group]) -> dict[str, Any]:
+def _collect(manager: TaskManager, built: list[QuestionTask | Group]) -> dict[str, Any]:
     try:
         return dict(manager.load(built))
     except ValueError as error:

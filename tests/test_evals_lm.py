@@ -1,7 +1,6 @@
 """`evals.lm` and `evals.plan` against lm-eval's own HFLM, and against the model's plain logits."""
 
 import random
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +12,9 @@ from evals_support import OracleModel, make_model, make_tokenizer
 from torch import nn
 from transformers import PreTrainedModel
 
+from evals.encode import encode_pairs
 from evals.lm import LiveModel
-from evals.plan import encode_pairs, make_plan
+from evals.plan import make_plan
 from unlearn.errors import UserError
 
 CONTEXT = "Which planet is red?\nA. fox\nB. dog\nAnswer:"
@@ -50,12 +50,12 @@ def hflm_scores(model: PreTrainedModel, tokenizer: Any, pairs: list[tuple[str, s
 def test_log_likelihoods_equal_hflm(kind: str, positions: int, bos: bool) -> None:
     tokenizer, model = make_tokenizer(bos=bos), make_model(kind, positions=positions)
     expected = hflm_scores(model, tokenizer, PAIRS)
-    live = LiveModel(model, tokenizer, batch_tokens=100)
+    live = LiveModel(model, tokenizer, batch_tokens=100, truncate=positions == 24)
     found = live.loglikelihood(requests(PAIRS), disable_tqdm=True)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
     # float32 matrix products of other batch shapes round differently
     assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], abs=1e-5)
-    assert live.plan is not None and (live.plan.truncated > 0) == (positions == 24)
+    assert (live.plans[0].truncated > 0) == (positions == 24)
 
 
 def test_greedy_continuation_is_recognised() -> None:
@@ -86,7 +86,7 @@ def test_four_letters_share_one_row_and_shared_rows_score_their_own_tails() -> N
 def test_batches_keep_to_the_budget_and_hold_every_request_once() -> None:
     generator = random.Random(0)
     pairs = [([generator.randrange(50) for _ in range(generator.randrange(1, 40))], [1, 2]) for _ in range(200)]
-    plan = make_plan(pairs, max_length=30, batch_tokens=64)
+    plan = make_plan(pairs, max_length=30, batch_tokens=64, truncate=True)
     for batch in plan.batches:
         assert len(batch) == 1 or len(batch) * max(len(row.tokens) for row in batch) <= 64
     assert sorted(index for batch in plan.batches for row in batch for index, _ in row.requests) == list(range(200))
@@ -169,12 +169,6 @@ def test_nan_is_an_error_that_names_the_task() -> None:
     model.gpt_neox.final_layer_norm.weight.data[0] = float("nan")
     with pytest.raises(UserError, match="found NaN in 13 of 13 .first in task test"):
         LiveModel(model, make_tokenizer()).loglikelihood(requests(PAIRS), disable_tqdm=True)
-
-
-@pytest.mark.parametrize("method", [LiveModel.generate_until, LiveModel.loglikelihood_rolling])
-def test_other_requests_are_refused(method: Callable[..., Any]) -> None:
-    with pytest.raises(UserError, match="only multiple-choice tasks are supported"):
-        method(LiveModel(make_model("neox"), make_tokenizer()), requests([("a", "b")]))
 
 
 def test_continuations_without_tokens_or_too_long_are_refused() -> None:

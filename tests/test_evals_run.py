@@ -79,7 +79,7 @@ def test_layout_is_lm_evals(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     evaluation = Evaluation(tokenizer, tasks=["wmdp_bio"], data_dir=tmp_path / "data")
     result = evaluation.run(OracleModel(tokenizer), name="owner/name")
-    file = evaluation.write(result, tmp_path / "out")
+    file = evaluation.write(result, tmp_path / "out", samples=True)
     assert file is not None
     stamp = file.stem.removeprefix("results_")
     assert file.parent == tmp_path / "out" / "owner__name"
@@ -106,7 +106,7 @@ def test_results_are_replaced_only_when_told(place: Path, tmp_path: Path) -> Non
         evaluation.write(new, tmp_path)
     assert first is not None and first.exists()
     second = evaluation.write(new, tmp_path, overwrite=True)
-    assert second is not None and second.exists() and not first.exists() and len(list(second.parent.iterdir())) == 2
+    assert second is not None and second.exists() and not first.exists() and list(second.parent.iterdir()) == [second]
 
 
 def test_failed_write_leaves_nothing(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +114,7 @@ def test_failed_write_leaves_nothing(place: Path, tmp_path: Path, monkeypatch: p
     result = evaluation.run(make_model("neox"), name="m")
     result["samples"]["wmdp_bio"][5]["doc"] = {(1, 2): "no JSON has such a key"}
     with pytest.raises(TypeError):
-        write_result(result, tmp_path)
+        write_result(result, tmp_path, samples=True)
     assert list((tmp_path / "m").iterdir()) == []
 
 

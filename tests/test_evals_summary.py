@@ -1,27 +1,21 @@
-"""Condensed results: intervals against published values, groups, splits, and collapse made visible."""
+"""Condensed results: groups, splits, letters, orders, and collapse made visible."""
+
+import math
+import random
+from typing import Any
 
 import pytest
+from evals_samples import ABCD, answering, gather, sample, summary_of
 
+from evals.answers import Letters, collect
+from evals.letters import describe_letters
 from evals.stats import wilson_interval
 from evals.summary import summarise
 from unlearn.errors import UserError
 
 
-def sample(likelihoods: list[float], target: int, **doc: object) -> dict[str, object]:
-    right = float(likelihoods.index(max(likelihoods)) == target)
-    return {"doc": doc, "target": target, "acc": right, "filtered_resps": [(value, False) for value in likelihoods]}
-
-
-def test_wilson_interval() -> None:
-    # Newcombe 1998, https://doi.org/10.1002/(SICI)1097-0258(19980430)17:8<857::AID-SIM777>3.0.CO;2-E, table I, method 3
-    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert wilson_interval(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
-    assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
-    assert wilson_interval(1, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
-    assert wilson_interval(29, 29)[1] == 1.0
-    for right, total in ((0, 0), (-1, 5), (6, 5)):
-        with pytest.raises(ValueError, match="0 <= right <= total"):
-            wilson_interval(right, total)
+def result_of(samples: dict[str, list[dict[str, Any]]], **more: Any) -> dict[str, Any]:
+    return {"samples": samples, "answers": {task: gather(found) for task, found in samples.items()}, **more}
 
 
 def test_groups_are_micro_averages_and_splits_are_apart() -> None:
@@ -29,48 +23,135 @@ def test_groups_are_micro_averages_and_splits_are_apart() -> None:
         "one": [sample([0, -1, -1, -1], 0, attacked=True)] * 3,
         "two": [sample([0, -1, -1, -1], 1, attacked=False)],
     }
-    result = {"samples": samples, "group_subtasks": {"inner": ["one", "two"], "outer": ["inner"], "empty": []}}
+    result = result_of(samples, group_subtasks={"inner": ["one", "two"], "outer": ["inner"], "empty": []})
     summary = summarise(result, split_by="attacked")
     assert summary["outer"]["acc"] == summary["inner"]["acc"] == 0.75 and summary["outer"]["questions"] == 4
     assert summary["outer/attacked=True"]["acc"] == 1.0 and summary["outer/attacked=False"]["acc"] == 0.0
-    assert "empty" not in summary and summary["two"]["predicted"] == [1.0]
+    assert "empty" not in summary and summary["two"]["predicted"] == [1.0, 0.0, 0.0, 0.0]
     assert summary["one"]["interval"] == list(wilson_interval(3, 3))
 
 
 def test_split_by_an_unknown_column_is_an_error() -> None:
     with pytest.raises(UserError, match="'typo'.*attacked"):
-        summarise({"samples": {"task": [sample([0, -1], 0, attacked=True)]}}, split_by="typo")
+        summarise(result_of({"task": [sample([0, -1, -2, -3], 0, attacked=True)]}), split_by="typo")
 
 
-def test_tasks_without_accuracy_or_numbered_answers() -> None:
-    named = sample([0, -1], 0)
-    named["target"] = "yes"
-    other = sample([0, -1], 0)
-    del other["acc"]
-    summary = summarise({"samples": {"named": [named], "other": [other]}})
-    assert set(summary) == {"named"} and "debiased" not in summary["named"]
+def test_tasks_without_accuracy_are_left_out() -> None:
+    other = sample([0, -1, -2, -3], 0)
+    other["metrics"] = ["word_perplexity"]
+    assert collect([other], None) is None
+
+
+def test_accuracy_without_numbered_answers_has_an_interval_and_nothing_of_letters() -> None:
+    named = [sample([0, -1, -2, -3], 0), sample([0, -1, -2, -3], 1)]
+    for one in named:
+        one["target"] = "yes"
+    numbers = summary_of(named, None)
+    assert numbers["acc"] == 0.5 and numbers["interval"] == list(wilson_interval(1, 2))
+    assert not {"debiased", "predicted", "tie_rate", "letter_check"} & set(numbers)
+
+
+def test_full_answers_are_scored_as_the_metric_says() -> None:
+    """acc_norm divides by characters; the probability of the right answer by tokens."""
+    row = sample([-4.0, -5.0], 1) | {"metrics": ["acc_norm"], "acc_norm": 1.0}
+    row["arguments"] = [("q", " ab"), ("q", " abcd")]
+    found = collect([row], None, {("q", " ab"): 1, ("q", " abcd"): 2})
+    assert found is not None and found.answers == [1] and found.right == [1] and found.letters == []
+    assert found.answer_probability == [pytest.approx(math.exp(-5.0 / 2))]
+    assert found.probability == [pytest.approx(1 / (1 + math.e))]
 
 
 def test_groups_are_debiased_task_by_task() -> None:
     """Two tasks with opposite habits, each seen through: pooled, their habits would hide each other."""
-    first = [sample([1.0, 0.1 * (index % 2)], index % 2) for index in range(10)]
-    second = [sample([0.1 * (1 - index % 2), 1.0], index % 2) for index in range(10)]
-    summary = summarise({"samples": {"a": first, "b": second}, "group_subtasks": {"both": ["a", "b"]}})
+    first = [sample([1.0, 0.1 * (index % 2), -9, -9], index % 2) for index in range(10)]
+    second = [sample([0.1 * (1 - index % 2), 1.0, -9, -9], index % 2) for index in range(10)]
+    summary = summarise(result_of({"a": first, "b": second}, group_subtasks={"both": ["a", "b"]}))
     assert summary["a"]["debiased"] == summary["b"]["debiased"] == summary["both"]["debiased"] == 1.0
     assert summary["both"]["acc"] == 0.5
 
 
-def test_a_collapsed_model_that_still_knows_is_seen_through() -> None:
-    """It says "A" to everything and scores chance; freed of that habit, it is right every time."""
-    targets = [index % 4 for index in range(40)]
-    rows = [[(5.0 if place == 0 else 0.0) + (0.1 if place == t else 0.0) for place in range(4)] for t in targets]
-    measured = summarise({"samples": {"task": [sample(r, t) for r, t in zip(rows, targets, strict=True)]}})["task"]
-    assert measured["acc"] == 0.25 and measured["predicted"] == [1.0]
-    assert measured["debiased"] == 1.0
+def test_model_that_always_says_c_is_a_collapse() -> None:
+    targets = [index % 4 for index in range(200)]
+    numbers = summary_of(answering([2] * 200, targets))
+    assert numbers["acc"] == numbers["independent"] == 0.25
+    assert numbers["letter_check"] == "collapse" and numbers["predicted"] == [0.0, 0.0, 1.0, 0.0]
+    assert numbers["p_more"] == numbers["p_fewer"] == 1.0, "no shuffle changes anything"
+    assert "100% of all answers are C" in describe_letters(numbers)
 
 
-def test_a_model_without_a_habit_is_left_as_it_is() -> None:
+def test_coin_flips_are_chance() -> None:
+    rng = random.Random(0)
+    targets = [rng.randrange(4) for _ in range(868)]
+    numbers = summary_of(answering([rng.randrange(4) for _ in targets], targets))
+    assert numbers["letter_check"] == "chance" and 0.2 < numbers["debiased"] < 0.3
+    assert numbers["independent"] == pytest.approx(0.25, abs=0.005)
+
+
+def test_collapsed_model_that_still_knows_is_seen_through() -> None:
+    targets = [index % 4 for index in range(200)]
+    numbers = summary_of(answering([2] * 200, targets, hidden=1.0))
+    assert numbers["acc"] == 0.25 and numbers["letter_check"] == "collapse"
+    assert numbers["debiased"] == 1.0
+
+
+def test_knowledge_is_informed_and_avoiding_the_right_letter_is_found() -> None:
+    targets = [index % 4 for index in range(200)]
+    knows = [target if index % 3 else (target + 1) % 4 for index, target in enumerate(targets)]
+    assert summary_of(answering(knows, targets))["letter_check"] == "informed"
+    avoids = [(target + 1 + index // 4 % 3) % 4 for index, target in enumerate(targets)]
+    assert summary_of(answering(avoids, targets))["letter_check"] == "avoidance"
+
+
+def test_model_without_a_habit_is_left_as_it_is() -> None:
     targets = [index % 4 for index in range(40)]
-    rows = [[1.0 if place == (t + (index >= 20)) % 4 else 0.0 for place in range(4)] for index, t in enumerate(targets)]
-    measured = summarise({"samples": {"task": [sample(r, t) for r, t in zip(rows, targets, strict=True)]}})["task"]
-    assert measured["acc"] == measured["debiased"] == 0.5
+    answers = [(target + (index >= 20)) % 4 for index, target in enumerate(targets)]
+    rows = [[1.0 if place == answer else 0.0 for place in range(4)] for answer in answers]
+    numbers = summary_of([sample(row, target) for row, target in zip(rows, targets, strict=True)])
+    assert numbers["acc"] == numbers["debiased"] == 0.5
+
+
+def test_ties_go_to_the_first_and_are_counted() -> None:
+    numbers = summary_of([sample([0.0, 0.0, -1.0, -1.0], 1), sample([1.0, 0.0, 0.0, 0.0], 0)])
+    assert numbers["tie_rate"] == 0.5 and numbers["predicted"][0] == 1.0
+
+
+def orders(favourite: float, knowledge: float, targets: list[int]) -> list[dict[str, Any]]:
+    """Questions in four cyclic orders, answered by a liking for place C and a liking for the right choice."""
+    found = []
+    for number, target in enumerate(targets):
+        for shift in range(4):
+            row = [0.01 * ((7 * number + place + shift) % 5) for place in range(4)]
+            row[2] += favourite
+            row[(target - shift) % 4] += knowledge
+            found.append(sample(row, (target - shift) % 4, str(number)))
+    return found
+
+
+def test_orders_of_one_question_count_once_and_cancel_habits() -> None:
+    letters = Letters(ABCD.names, orders=4)
+    targets = [(index * index + index) % 4 for index in range(100)]
+    habit = summary_of(orders(5.0, 1.0, targets), letters)
+    assert habit["questions"] == 100 and habit["orders"] == 4
+    assert habit["acc"] == 0.25 and habit["stderr"] == 0.0, "always C is right in one order of each question"
+    assert habit["cyclic"] == 1.0 and habit["consistent"] == 0.0 and habit["letter_check"] == "collapse"
+    knows = summary_of(orders(0.0, 1.0, targets), letters)
+    assert knows["acc"] == knows["cyclic"] == knows["consistent"] == 1.0 and knows["letter_check"] == "informed"
+
+
+def test_interval_of_orders_is_by_question() -> None:
+    """The same answers in all orders are worth the questions, not four times as many."""
+    letters = Letters(ABCD.names, orders=4)
+    targets = [index % 4 for index in range(80)]
+    wrong = [(target + 1) % 4 if index % 2 else target for index, target in enumerate(targets)]
+    samples = []
+    for number, (target, answer) in enumerate(zip(targets, wrong, strict=True)):
+        for shift in range(4):
+            row = [float(place == (answer - shift) % 4) for place in range(4)]
+            samples.append(sample(row, (target - shift) % 4, str(number)))
+    assert summary_of(samples, letters)["interval"] == pytest.approx(wilson_interval(40, 80), abs=0.002)
+
+
+def test_subset_keeps_questions_together() -> None:
+    found = gather(orders(0.0, 1.0, [0, 1, 2]), Letters(ABCD.names, orders=4))
+    half = found.subset(range(4, 12))
+    assert half.cyclic == [1, 1] and len(half.ids) == 8 and half.shares_right() == [1.0, 1.0]

@@ -113,7 +113,7 @@ def test_replaced_file_gives_its_new_rows(tmp_path: Path) -> None:
 def test_ties_and_truncations_are_counted(tmp_path: Path) -> None:
     write_wmdp(tmp_path, [question(i, 0, 0) for i in range(4)])
     tokenizer = make_tokenizer()
-    evaluation = Evaluation(tokenizer, tasks=["wmdp_bio"], data_dir=tmp_path)
+    evaluation = Evaluation(tokenizer, tasks=["wmdp_bio"], data_dir=tmp_path, truncate=True)
     model = OracleModel(tokenizer)
     model.lm_head.weight.data.zero_()
     model.config.max_position_embeddings = 10
@@ -202,9 +202,9 @@ def test_unreachable_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_unsuitable_tasks_are_refused(tmp_path: Path) -> None:
     write_stem(tmp_path)
-    (tmp_path / "text.yaml").write_text(CLOZE.replace("multiple_choice", "generate_until"))
+    (tmp_path / "text.yaml").write_text(CLOZE + "doc_to_image: picture\n")
     write_questions(tmp_path / "embedded-world/cloze/hazard", [question(0, 0, None)])
-    with pytest.raises(UserError, match="multiple-choice tasks; found world_cloze, which is of type generate_until"):
+    with pytest.raises(UserError, match="tasks on text .*; found world_cloze, .* multiple_choice with pictures"):
         load_tasks(["world_cloze"], data_dir=tmp_path, include_path=tmp_path)
     (tmp_path / "text.yaml").write_text("task: pythonic\nclass: !function nowhere.Nothing\n")
     with pytest.raises(UserError, match="found pythonic, a Python class"):

@@ -1,0 +1,200 @@
+"""What a model answered, question by question, condensed from lm-eval's samples: the raw material of all statistics."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evals.stats import permuted_matches, permuted_scores
+
+ACCURACIES = ("acc", "acc_norm", "acc_bytes", "exact_match")  # lm-eval's metrics that are 0 or 1 for each question
+Sample = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Letters:
+    """The names of the choices where they stand in the prompt, and which orders of the choices were asked.
+
+    Attributes:
+        names: e.g. A, B, C, D, at place 0, 1, 2, 3.
+        orders: how many cyclic orders of its choices each question was asked in; consecutive samples are one question.
+    """
+
+    names: tuple[str, ...]
+    orders: int = 1
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers to one task, which is one stratum. All lists have one entry a sample.
+
+    A sample is a question, or one order of its choices where several were asked.
+
+    Attributes:
+        metric: which of lm-eval's metrics says what is right: the first of the task's own list.
+        ids: 16 hexadecimal digits of the question's SHA-256, which two models' answers are paired by.
+        right: 0 or 1.
+        letters: the names of the choices, empty where the choices are not letters shown in the prompt.
+        orders: cyclic orders of each question, 1 without `--permute-choices`.
+        answers, targets: the place of the given and of the right choice; empty for tasks without choices.
+        debiased: the place answered once each letter lost its mean log-likelihood over the task; empty without letters.
+        ties: whether two choices shared the highest log-likelihood.
+        probability: of the right choice, among the choices; empty for tasks without choices.
+        answer_probability: of the right answer's text, length-normalised: P(answer)^(1/tokens); empty with letters.
+        cyclic: one entry a *question*: whether the choice with the highest mean log-likelihood over all orders is
+            right, in which every letter's habit cancels (Zheng et al. 2024, https://arxiv.org/abs/2309.03882); empty
+            where just one order was asked.
+    """
+
+    metric: str
+    ids: list[str]
+    right: list[int]
+    letters: list[str]
+    orders: int
+    answers: list[int]
+    targets: list[int]
+    debiased: list[int]
+    ties: list[bool]
+    probability: list[float]
+    answer_probability: list[float]
+    cyclic: list[int]
+
+    def subset(self, indices: Sequence[int]) -> "Answers":
+        """The same for some samples; the debiased answers stay those over the whole task."""
+        chosen = {
+            field.name: [value[index] for index in indices] if (value := getattr(self, field.name)) else []
+            for field in fields(self)
+            if field.name not in ("metric", "letters", "orders", "cyclic")
+        }
+        questions = sorted({index // self.orders for index in indices})
+        cyclic = [self.cyclic[question] for question in questions] if self.cyclic else []
+        return Answers(metric=self.metric, letters=self.letters, orders=self.orders, cyclic=cyclic, **chosen)
+
+    def shares_right(self) -> list[float]:
+        """The share of right answers of each question over its orders: 0 or 1 where just one was asked."""
+        return np.asarray(self.right, dtype=float).reshape(-1, self.orders).mean(axis=1).tolist()
+
+    def shuffled_matches(self) -> NDArray[np.int64]:
+        """How many answers would be right with the right answers shuffled among the questions: int64 [draws]."""
+        if self.orders == 1:
+            return permuted_matches(self.answers, self.targets)
+        places, orders = np.asarray(self.answers).reshape(-1, self.orders), np.arange(self.orders)
+        choices = (places + orders) % len(self.letters)  # [questions, orders], as places of the first order
+        table = (choices[:, :, None] == np.arange(len(self.letters))).sum(axis=1)
+        return permuted_scores(table, self.targets[:: self.orders])
+
+    def record(self) -> dict[str, Any]:
+        """What a results file keeps, for pairing with another model's answers."""
+        kept = ("metric", "ids", "right", "letters", "orders", "answers", "targets", "debiased")
+        return {name: getattr(self, name) for name in kept}
+
+
+def collect(
+    samples: Sequence[Sample],
+    letters: Letters | None = None,
+    tokens: Mapping[tuple[str, str], int] | None = None,
+    delimiter: str = " ",
+) -> Answers | None:
+    """Condense lm-eval's samples of one task.
+
+    Args:
+        letters: for tasks whose choices are letters in the prompt.
+        tokens: how many tokens the continuation of each (context, continuation) has.
+        delimiter: what stands before each choice in its continuation.
+
+    Returns:
+        None for tasks that have no accuracy, such as perplexities.
+    """
+    first = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+    metric = next((name for name in first[0]["metrics"] if name in ACCURACIES), None)
+    if metric is None:
+        return None
+    right = [round(float(sample[metric])) for sample in first]
+    ids = [sample["doc_hash"][:16] for sample in first]
+    choices = _choices(first)
+    empty: dict[str, list[Any]] = {
+        name: []
+        for name in ("letters", "answers", "targets", "debiased", "ties", "probability", "answer_probability", "cyclic")
+    }
+    if choices is not None:
+        lengths = [_lengths(sample, metric, delimiter) for sample in first]
+        scores = [[v / n for v, n in zip(row, size, strict=True)] for row, size in zip(choices, lengths, strict=True)]
+        empty |= _of_choices(first, choices, scores, letters, tokens)
+        assert right == [int(a == t) for a, t in zip(empty["answers"], empty["targets"], strict=True)]
+    return Answers(metric=metric, ids=ids, right=right, orders=letters.orders if letters else 1, **empty)
+
+
+def _choices(samples: Sequence[Sample]) -> list[list[float]] | None:
+    """The log-likelihood of each choice of each sample; None where samples are not choices with one right place."""
+    scored = all(isinstance(response, tuple) for sample in samples for response in sample["filtered_resps"])
+    if not scored or any(len(sample["filtered_resps"]) < 2 for sample in samples):
+        return None
+    if not all(str(sample["target"]).isdigit() for sample in samples):
+        return None
+    return [[response[0] for response in sample["filtered_resps"]] for sample in samples]
+
+
+def _of_choices(
+    samples: Sequence[Sample],
+    rows: list[list[float]],
+    scores: list[list[float]],
+    letters: Letters | None,
+    tokens: Mapping[tuple[str, str], int] | None,
+) -> dict[str, list[Any]]:
+    """The fields of `Answers` that only tasks with choices have."""
+    targets = [int(sample["target"]) for sample in samples]
+    found: dict[str, list[Any]] = {
+        "answers": [_likeliest(row) for row in scores],
+        "targets": targets,
+        "ties": [row.count(max(row)) > 1 for row in scores],
+        "probability": [_share(row, target) for row, target in zip(rows, targets, strict=True)],
+    }
+    if letters is not None:
+        found |= {"letters": list(letters.names), "debiased": _debiased(rows)}
+        if letters.orders > 1:
+            found["cyclic"] = _cyclic(rows, targets, letters.orders)
+    elif tokens is not None:
+        found["answer_probability"] = [
+            float(np.exp(row[target] / tokens[tuple(sample["arguments"][target])]))
+            for sample, row, target in zip(samples, rows, targets, strict=True)
+        ]
+    return found
+
+
+def _lengths(sample: Sample, metric: str, delimiter: str) -> list[int]:
+    """What lm-eval divides the log-likelihood of each choice by: its characters or bytes for normalised metrics."""
+    texts = [arguments[1].removeprefix(delimiter) for arguments in sample["arguments"]]
+    if metric == "acc_bytes":
+        return [len(text.encode()) for text in texts]
+    return [len(text) for text in texts] if metric == "acc_norm" else [1] * len(texts)
+
+
+def _likeliest(row: list[float]) -> int:
+    """The place of the highest value; the first among equals, as lm-eval counts it."""
+    return row.index(max(row))
+
+
+def _share(row: list[float], place: int) -> float:
+    """The probability of one choice among all of them."""
+    weights = np.exp(np.asarray(row) - max(row))
+    return float(weights[place] / weights.sum())
+
+
+def _debiased(rows: list[list[float]]) -> list[int]:
+    """The likeliest place of each row once every place has lost its mean log-likelihood over all rows."""
+    table = np.asarray(rows)
+    return (table - table.mean(axis=0)).argmax(axis=1).tolist()
+
+
+def _cyclic(rows: list[list[float]], targets: list[int], orders: int) -> list[int]:
+    """Whether the choice with the highest mean over the cyclic orders is right, for each question.
+
+    In order s, place j holds choice (j + s) mod k of the first order.
+    """
+    right = []
+    for first in range(0, len(rows), orders):
+        block = [np.roll(rows[first + shift], shift) for shift in range(orders)]  # by choice, no longer by place
+        right.append(int(np.mean(block, axis=0).argmax() == targets[first]))
+    return right

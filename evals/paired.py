@@ -1,0 +1,163 @@
+"""Two evaluations on the same questions: what changed, and how sure that is."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evals.stats import bootstrap_difference, mcnemar
+from evals.summary import group_pools
+from unlearn.errors import UserError
+
+MARGIN = 0.01  # one point
+
+Shares = NDArray[np.float64]  # [questions], 0 or 1 where each was asked in one order
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a results file keeps of an evaluation.
+
+    Attributes:
+        source: where it was read from, for messages.
+        questions: `Answers.record` of each task.
+        groups: the children of each group.
+    """
+
+    source: str
+    questions: dict[str, dict[str, Any]]
+    groups: dict[str, list[str]]
+
+
+def read_record(path: str | Path) -> Record:
+    """Read results_<time>.json, or the folder that holds just one.
+
+    Raises:
+        UserError: there is no such file, several, or one that `evals/run.py` did not write.
+    """
+    file = _find(Path(path).expanduser())
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        return Record(str(path), result["unlearn"]["questions"], result["group_subtasks"])
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"expected readable results in {file}; found {error}: run the evaluation again") from error
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"expected results that evals/run.py wrote in {file}; found none of its own keys: "
+            "evaluate that model again with evals/run.py --out"
+        ) from error
+
+
+def _find(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"expected results at {path}; found nothing: give a results_<time>.json or its folder")
+    files = sorted(path.rglob("results_*.json"))
+    if not files:
+        raise UserError(
+            f"expected one results_<time>.json in {path}; found none: an interrupted run leaves none, evaluate again"
+        )
+    if len(files) > 1:
+        raise UserError(f"expected one results_<time>.json in {path}; found {len(files)}: give one of them")
+    return files[0]
+
+
+def check_same(base: Record, questions: Mapping[str, list[str]]) -> None:
+    """Raise `UserError` unless `base` asked exactly these questions of each of these tasks, and in this order.
+
+    Args:
+        questions: the `ids` of each task.
+    """
+    missing = [task for task in questions if task not in base.questions]
+    if missing:
+        raise UserError(
+            f"expected results of the same tasks in {base.source}; found none of {missing[0]} among "
+            f"{', '.join(list(base.questions)[:4]) or 'no tasks'}: evaluate both models on the same tasks"
+        )
+    for task, ids in questions.items():
+        known = base.questions[task]["ids"]
+        if known == ids:
+            continue
+        if len(known) != len(ids):
+            found = f"{len(ids)} here and {len(known)} there"
+        elif sorted(known) == sorted(ids):
+            found = "them in another order"
+        else:
+            changed = sum(a != b for a, b in zip(known, ids, strict=True))
+            found = f"{changed} of {len(ids)} changed"
+        raise UserError(
+            f"expected the questions of {base.source} in task {task}; found {found}: evaluate both models on the "
+            "same question files, with the same --limit, --subsample and --permute-choices"
+        )
+
+
+def compare(base: Record, new: Record, *, margin: float = MARGIN) -> dict[str, dict[str, Any]]:
+    """Compare two models question by question.
+
+    Args:
+        margin: by how much `new` may be worse and still count as not inferior, as a fraction.
+
+    Returns:
+        {task or group: {"base", "new": accuracies, "difference": new - base, "interval": its 95 % bootstrap interval,
+        stratified by subject, "only_base", "only_new": how many answers only that model has right, "p": McNemar's exact
+        test, "margin", "non_inferior": whether the one-sided 95 % bound lies above -margin, "inferior": whether the
+        other one lies below it, "questions"}}. With several orders of the choices, "p" counts the questions that one
+        of the models got right in more orders (the sign test, of which McNemar's is the case of one order).
+
+    Raises:
+        UserError: the two did not answer the same questions.
+    """
+    check_same(base, {task: record["ids"] for task, record in new.questions.items()})
+    paired = {task: (_shares(base.questions[task]), _shares(record)) for task, record in new.questions.items()}
+    pools = {task: [pair] for task, pair in paired.items()} | group_pools(paired, new.groups)
+    return {name: _compare(parts, margin) for name, parts in pools.items()}
+
+
+def _shares(record: dict[str, Any]) -> Shares:
+    """The share of right answers of each question over its orders."""
+    return np.asarray(record["right"], dtype=float).reshape(-1, record["orders"]).mean(axis=1)
+
+
+def _compare(parts: list[tuple[Shares, Shares]], margin: float) -> dict[str, Any]:
+    differences = [new - base for base, new in parts]
+    flat = np.concatenate(differences)
+    only_base, only_new = int((flat < 0).sum()), int((flat > 0).sum())
+    one_sided = bootstrap_difference(differences, level=0.90)  # its ends are the two one-sided 95 % bounds
+    return {
+        "base": float(np.concatenate([base for base, _ in parts]).mean()),
+        "new": float(np.concatenate([new for _, new in parts]).mean()),
+        "difference": float(flat.mean()),
+        "interval": list(bootstrap_difference(differences)),
+        "only_base": only_base,
+        "only_new": only_new,
+        "p": mcnemar(only_base, only_new),
+        "margin": margin,
+        "non_inferior": one_sided[0] > -margin,
+        "inferior": one_sided[1] < -margin,
+        "questions": len(flat),
+    }
+
+
+def table(compared: dict[str, dict[str, Any]]) -> str:
+    """The comparison in lines of text, accuracies in per cent and differences in points."""
+    width = max(map(len, compared), default=4)
+    lines = [
+        f"{'task':{width}} {'questions':>9} {'base':>6} {'new':>6}  {'new - base [95 %]':>22} {'p':>8}  non-inferior"
+    ]
+    for name, one in compared.items():
+        low, high = one["interval"]
+        change = f"{100 * one['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+        words = "yes" if one["non_inferior"] else "no" if one["inferior"] else "cannot say"
+        lines.append(
+            f"{name:{width}} {one['questions']:>9,} {100 * one['base']:>6.1f} {100 * one['new']:>6.1f}  {change:>22} "
+            f"{one['p']:>8.2g}  {words}"
+        )
+    if compared:
+        margin = next(iter(compared.values()))["margin"]
+        lines.append(f"non-inferior: worse by less than {100 * margin:g} points, by the one-sided 95 % bound")
+    return "\n".join(lines)

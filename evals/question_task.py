@@ -1,0 +1,239 @@
+"""A YAML task of lm-eval that reads local files, asks a chosen part of its questions, and builds its requests once."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import datasets
+from lm_eval.api.instance import Instance
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.utils import handle_non_serializable, hash_string
+
+from evals.answers import Letters
+from evals.local_data import LocalData
+from unlearn.errors import UserError
+from unlearn.seeding import derive
+
+# `dataset_path`s that are file formats, with the files named in the task's own YAML
+FORMATS = frozenset({"arrow", "csv", "json", "parquet", "text"})
+Document = dict[str, Any]
+
+
+class Hashes(NamedTuple):
+    """SHA-256 of a question, of its first prompt and of its target."""
+
+    doc_hash: str
+    prompt_hash: str
+    target_hash: str
+
+
+class QuestionTask(ConfigurableTask):
+    """One task.
+
+    Attributes:
+        local: where the data are; None asks the hub.
+        provenance: what was read: SHA-256 by file, or the fingerprint of what came from the hub by split.
+        available: how many questions the data hold.
+        orders: in how many cyclic orders of its choices each question is asked.
+    """
+
+    local: LocalData | None = None
+    MULTIMODAL = False  # lm-eval sets it on tasks with pictures or sound
+
+    def __init__(self, config: dict[str, Any]):
+        self.provenance: dict[str, str] = {}
+        self._documents: list[Document] | None = None
+        self._built: list[Instance] | None = None
+        self._hashes: list[Hashes] | None = None
+        self._metrics: list[dict[str, Any]] = []
+        self.available, self.orders = 0, 1
+        super().__init__(config={key: value for key, value in config.items() if key != "class"})
+
+    def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Fill `self.dataset` with the splits that the task names.
+
+        Raises:
+            UserError: a split is missing locally, or the hub cannot be reached.
+        """
+        if self.local is None or self.config.custom_dataset is not None or self.DATASET_PATH in FORMATS:
+            self._read_hub(dataset_kwargs)
+            return
+        assert self.DATASET_PATH is not None, "a YAML task names a dataset_path"
+        questions = self.config.test_split or self.config.validation_split
+        examples = [self.config.training_split, self.config.validation_split, self.fewshot_cfg.split]
+        self.dataset = {}
+        for split in dict.fromkeys(split for split in [questions, *examples] if split):
+            # Without few-shot examples their split need not be there, though lm-eval opens it.
+            needless = split != questions and not self.config.num_fewshot
+            if needless and not self.local.files(self.DATASET_PATH, self.DATASET_NAME, split):
+                self.dataset[split] = datasets.Dataset.from_dict({})
+                continue
+            self.dataset[split], digests = self.local.read(self.DATASET_PATH, self.DATASET_NAME, split)
+            self.provenance.update(digests)
+
+    def _read_hub(self, dataset_kwargs: dict[str, Any] | None) -> None:
+        try:
+            super().download(dataset_kwargs)
+        except (OSError, ValueError) as error:
+            name = "/".join(part for part in (self.DATASET_PATH, self.DATASET_NAME) if part)
+            raise UserError(
+                f"expected the data set {name} of task {self.config.task} on the Hugging Face hub or in its cache; "
+                f"found {type(error).__name__}: connect to the network, or give --data-dir with "
+                f"DIR/{name}/<split>-*.parquet, which `python -m evals.fetch` prepares"
+            ) from error
+        self.provenance = {split: getattr(rows, "_fingerprint", "unknown") for split, rows in self.dataset.items()}
+
+    @property
+    def letters(self) -> Letters | None:
+        """The names of the choices if they are letters that stand in the prompt, the same for every question."""
+        names = self.config.doc_to_choice
+        if self.OUTPUT_TYPE != "multiple_choice" or not isinstance(names, list) or len(names) < 2:
+            return None
+        if not all(isinstance(name, str) and len(name) == 1 for name in names):
+            return None
+        return Letters(tuple(names), self.orders)
+
+    @property
+    def eval_docs(self) -> Any:
+        """The questions asked: those of the data, until `select` chose among them."""
+        return super().eval_docs if self._documents is None else self._documents
+
+    def select(self, *, limit: int | None = None, subsample: int | None = None, permute: bool = False) -> None:
+        """Choose what is asked, before any request is built.
+
+        Args:
+            limit: the first so many questions.
+            subsample: so many questions, drawn the same way every time: from one number to a higher one some are added.
+            permute: ask each question in every cyclic order of its choices, if they are letters in the prompt.
+
+        Raises:
+            UserError: no question is left, or one lacks the columns that `permute` needs.
+        """
+        documents = list(super().eval_docs)
+        self.available = len(documents)
+        if limit is not None:
+            documents = documents[:limit]
+        if subsample is not None:
+            order = sorted(range(len(documents)), key=lambda index: derive(0, f"question of {self.config.task}", index))
+            documents = [documents[index] for index in sorted(order[:subsample])]
+        if not documents:
+            raise UserError(
+                f"expected questions for task {self.config.task}; found none: check its data files and --limit"
+            )
+        if permute and self.letters is not None:
+            self.orders = len(self.letters.names)
+            documents = [order for document in documents for order in self._in_every_order(document)]
+        self._documents = documents
+
+    def _in_every_order(self, document: Document) -> Iterator[Document]:
+        """The question with its choices moved up by 0, 1, ... places; the first is the question itself."""
+        choices, answer = document.get("choices"), document.get("answer")
+        if not isinstance(choices, list) or len(choices) != self.orders or not str(answer).isdigit():
+            raise UserError(
+                f"expected columns choices (of {self.orders}) and answer (a number) for --permute-choices in task "
+                f"{self.config.task}; found {', '.join(document)}: leave --permute-choices out"
+            )
+        for shift in range(self.orders):
+            place = (int(str(answer)) - shift) % self.orders
+            yield document | {
+                "choices": choices[shift:] + choices[:shift],
+                "answer": str(place) if isinstance(answer, str) else place,
+            }
+
+    def build_all_requests(self, **kwargs: Any) -> None:
+        """Fill `self.instances` without responses; the second time at no cost.
+
+        lm-eval's own version draws a progress bar per task and rank. Its arguments (limits, ranks, chat templates,
+        system prompts, caches) stay at their defaults in this project.
+        """
+        if self._built is None:
+            self._built = list(self._build())
+        self._instances, self._metrics = self._built, []
+        for instance in self._instances:
+            instance.resps, instance.filtered_resps = [], {}
+
+    def process_results(self, doc: Document, results: Any) -> dict[str, Any]:
+        """lm-eval's metrics of one question, remembered for `samples`."""
+        metrics: dict[str, Any] = super().process_results(doc, results)
+        self._metrics.append(metrics)
+        return metrics
+
+    def hashes(self) -> list[Hashes]:
+        """The identity of each question as lm-eval's evaluator computes it; once, as it takes longer than all else."""
+        if self._hashes is None:
+            self._hashes = [
+                Hashes(
+                    hash_string(json.dumps(document, indent=2, default=handle_non_serializable, ensure_ascii=False)),
+                    hash_string(requests[0].arguments[0]),
+                    hash_string(str(self.doc_to_target(document))),
+                )
+                for document, requests in zip(self.eval_docs, self._by_question(), strict=True)
+            ]
+        return self._hashes
+
+    def samples(self) -> list[dict[str, Any]]:
+        """The questions as lm-eval's evaluator logs them, after it has run: one entry a filter and question."""
+        found = []
+        documents, requests, hashes = list(self.eval_docs), self._by_question(), self.hashes()
+        for place, name in enumerate(self.instances[0].filtered_resps):
+            for number, document in enumerate(documents):
+                metrics = self._metrics[place * len(documents) + number]
+                found.append(
+                    {
+                        "doc_id": number,
+                        "doc": document,
+                        "target": self.doc_to_target(document),
+                        "arguments": [request.args for request in requests[number]],
+                        "resps": [request.resps for request in requests[number]],
+                        "filtered_resps": [request.filtered_resps[name] for request in requests[number]],
+                        "filter": name,
+                        "metrics": list(metrics),
+                        **hashes[number]._asdict(),
+                        **metrics,
+                    }
+                )
+        return found
+
+    def _by_question(self) -> list[list[Instance]]:
+        groups: dict[int, list[Instance]] = {}
+        for instance in self.instances:
+            groups.setdefault(instance.doc_id, []).append(instance)
+        return [sorted(groups[number], key=lambda instance: instance.idx) for number in range(len(groups))]
+
+    def _build(self) -> Iterator[Instance]:
+        for number, document in self.doc_iterator():
+            context = self.fewshot_context(document, self.config.num_fewshot, gen_prefix=self.doc_to_prefix(document))
+            metadata = (self.config.task, number, self.config.repeats)
+            requests = self.construct_requests(doc=document, ctx=context, metadata=metadata)
+            yield from requests if isinstance(requests, list) else [requests]
+
+
+def allocate(sizes: Mapping[str, int], total: int, name: str) -> dict[str, int]:
+    """Share `total` questions out among the subjects of a task in proportion to their sizes, at least one each.
+
+    The largest remainders are rounded up (Hamilton's method): the sample's mean estimates that of all.
+
+    Args:
+        sizes: questions of each subject.
+        name: of the task or group that has them, for the message.
+
+    Raises:
+        UserError: there are more subjects than questions to share out.
+    """
+    available = sum(sizes.values())
+    if total >= available:
+        return dict(sizes)
+    if total < len(sizes):
+        raise UserError(
+            f"expected at least one question for each of the {len(sizes)} subjects of {name}; found a subsample of "
+            f"{total}: take {len(sizes)} or more"
+        )
+    exact = {subject: total * size / available for subject, size in sizes.items()}
+    given = {subject: max(1, math.floor(share)) for subject, share in exact.items()}
+    while sum(given.values()) < total:
+        given[max(given, key=lambda subject: exact[subject] - given[subject])] += 1
+    while sum(given.values()) > total:  # where small subjects were given one for less
+        several = [subject for subject in given if given[subject] > 1]
+        given[max(several, key=lambda subject: given[subject] - exact[subject])] -= 1
+    return given
