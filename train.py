@@ -78,6 +78,8 @@ def _prepare(config: TrainConfig, run: "Unlearning") -> "Evaluation | None":
         data_dir=config.data_dir,
         include_path=config.include_path,
         limit=config.limit,
+        subsample=config.eval_subsample,
+        model_config=run.model.config,
     )
 
 

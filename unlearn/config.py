@@ -25,7 +25,7 @@ _FULL = {"retain_loss": "kl", "remove_coef": 2.0, "retain_coef": 1.0, "adam_lr":
 
 # Flags that have an effect in some modes only.
 _LORA_FLAGS = ("lora_alpha", "lora_dropout", "lora_targets")
-_EVAL_FLAGS = ("eval_every", "data_dir", "include_path", "limit")
+_EVAL_FLAGS = ("eval_every", "data_dir", "include_path", "limit", "eval_subsample")
 _RETAIN_FLAGS = ("retain", "retain_column", "retain_template", "retain_loss", "retain_start")
 _FORGET_FLAGS = ("forget", "forget_column", "forget_template", "lens", "forget_loss")
 
@@ -156,6 +156,8 @@ class TrainConfig(CorpusFlags):
     """Folder with further lm-eval task definitions."""
     limit: int | None = None
     """Evaluate only the first N questions of each task."""
+    eval_subsample: int | None = None
+    """Evaluate only N questions of each of --eval-tasks, shared out among its subjects, the same ones every time."""
     log_every: int = 1
     """Optimizer steps between lines of metrics.jsonl."""
 
@@ -215,6 +217,8 @@ class TrainConfig(CorpusFlags):
             for name in names:
                 if condition and getattr(self, name) != _default(name):
                     raise UserError(f"--{name.replace('_', '-')} has no effect {reason}: leave it out")
+        if self.limit is not None and self.eval_subsample is not None:
+            raise UserError("--limit has no effect beside --eval-subsample: give one of them")
         self.check_text()
 
     def shard_kind(self, world_size: int) -> Literal["full", "hybrid", "replicate"]:
@@ -264,8 +268,8 @@ def _check_numbers(config: TrainConfig) -> None:
         "seq_len": (config.seq_len >= 3, "3 or more"),
         "seed": (config.seed >= 0, "0 or more"),
     }
-    counts = ("examples", "epochs", "batch", "micro_batch", "micro_tokens", "eval_every", "limit", "log_every")
-    for name in counts:
+    counts = ("examples", "epochs", "batch", "micro_batch", "micro_tokens", "eval_every", "limit", "eval_subsample")
+    for name in (*counts, "log_every"):
         value = getattr(config, name)
         expectations[name] = (value is None or value >= 1, "1 or more")
     for name, (holds, expected) in expectations.items():
