@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evals.stats import bootstrap_difference, mcnemar
+from evals.stats import bootstrap_difference, effective_size, mcnemar, wilson_interval
 from evals.summary import group_pools
 from unlearn.errors import UserError
 
@@ -103,11 +103,16 @@ def compare(base: Record, new: Record, *, margin: float = MARGIN) -> dict[str, d
         margin: by how much `new` may be worse and still count as not inferior, as a fraction.
 
     Returns:
-        {task or group: {"base", "new": accuracies, "difference": new - base, "interval": its 95 % bootstrap interval,
-        stratified by subject, "only_base", "only_new": how many answers only that model has right, "p": McNemar's exact
-        test, "margin", "non_inferior": whether the one-sided 95 % bound lies above -margin, "inferior": whether the
-        other one lies below it, "questions"}}. With several orders of the choices, "p" counts the questions that one
-        of the models got right in more orders (the sign test, of which McNemar's is the case of one order).
+        {task or group: {
+        "base", "new", "base_interval", "new_interval": the accuracies and their Wilson intervals;
+        "difference", "interval": new - base, and its 95 % bootstrap interval, stratified by subject;
+        "only_base", "only_new": how many answers only that model has right;
+        "p": McNemar's exact test of these two;
+        "margin", "non_inferior", "inferior": whether the one-sided 95 % bound of the difference lies above -margin, and
+        whether the other one lies below it (neither: the questions cannot say);
+        "questions"}}.
+        With several orders of the choices, "p" counts the questions that one of the models got right in more orders:
+        the sign test, of which McNemar's is the case of one order.
 
     Raises:
         UserError: the two did not answer the same questions.
@@ -128,9 +133,13 @@ def _compare(parts: list[tuple[Shares, Shares]], margin: float) -> dict[str, Any
     flat = np.concatenate(differences)
     only_base, only_new = int((flat < 0).sum()), int((flat > 0).sum())
     one_sided = bootstrap_difference(differences, level=0.90)  # its ends are the two one-sided 95 % bounds
-    return {
-        "base": float(np.concatenate([base for base, _ in parts]).mean()),
-        "new": float(np.concatenate([new for _, new in parts]).mean()),
+    accuracies: dict[str, Any] = {}
+    for name, model in (("base", [base for base, _ in parts]), ("new", [new for _, new in parts])):
+        right = np.concatenate(model)
+        size = len(right) if np.isin(right, (0.0, 1.0)).all() else effective_size(right.tolist())
+        accuracies[name] = float(right.mean())
+        accuracies[f"{name}_interval"] = list(wilson_interval(right.mean() * size, size))
+    return accuracies | {
         "difference": float(flat.mean()),
         "interval": list(bootstrap_difference(differences)),
         "only_base": only_base,

@@ -97,7 +97,12 @@ class QuestionTask(ConfigurableTask):
     @property
     def eval_docs(self) -> Any:
         """The questions asked: those of the data, until `select` chose among them."""
-        return super().eval_docs if self._documents is None else self._documents
+        if self._documents is not None:
+            return self._documents
+        documents = super().eval_docs
+        if len(documents) == 0:
+            raise UserError(f"expected questions for task {self.config.task}; found none: check its data files")
+        return documents
 
     def select(self, *, limit: int | None = None, subsample: int | None = None, permute: bool = False) -> None:
         """Choose what is asked, before any request is built.
@@ -108,19 +113,15 @@ class QuestionTask(ConfigurableTask):
             permute: ask each question in every cyclic order of its choices, if they are letters in the prompt.
 
         Raises:
-            UserError: no question is left, or one lacks the columns that `permute` needs.
+            UserError: a question lacks the columns that `permute` needs.
         """
-        documents = list(super().eval_docs)
+        documents = list(self.eval_docs)
         self.available = len(documents)
         if limit is not None:
             documents = documents[:limit]
         if subsample is not None:
             order = sorted(range(len(documents)), key=lambda index: derive(0, f"question of {self.config.task}", index))
             documents = [documents[index] for index in sorted(order[:subsample])]
-        if not documents:
-            raise UserError(
-                f"expected questions for task {self.config.task}; found none: check its data files and --limit"
-            )
         if permute and self.letters is not None:
             self.orders = len(self.letters.names)
             documents = [order for document in documents for order in self._in_every_order(document)]

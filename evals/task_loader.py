@@ -78,6 +78,23 @@ def load_tasks(
     return loaded
 
 
+def question_sources(names: Sequence[str], include_path: str | Path | None = None) -> list[tuple[str, str | None, str]]:
+    """The (data set, configuration, split) of every file with questions, or few-shot examples, of these tasks.
+
+    Raises:
+        UserError: an unknown task.
+    """
+    manager = _manager(list(names), include_path)
+    found = []
+    for leaf in dict.fromkeys(leaf for name in names for leaf in _leaves(name, manager.task_index)):
+        config = manager._factory._load_full_config(manager.task_index[leaf], None)
+        splits = [config.get("test_split") or config.get("validation_split")]
+        if config.get("num_fewshot"):
+            splits.append(config.get("fewshot_split") or config.get("training_split"))
+        found += [(config["dataset_path"], config.get("dataset_name"), split) for split in splits if split]
+    return list(dict.fromkeys(found))
+
+
 def _subsample(
     names: Sequence[str], index: dict[str, Entry], tasks: Mapping[str, QuestionTask], total: int
 ) -> dict[str, int]:

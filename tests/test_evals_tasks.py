@@ -219,9 +219,3 @@ def test_unsuitable_tasks_are_refused(tmp_path: Path) -> None:
         load_tasks([], data_dir=tmp_path)
     with pytest.raises(UserError, match="--include-path; found none"):
         load_tasks(["wmdp_bio"], data_dir=tmp_path, include_path=tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("limit", [0, -3])
-def test_limit_must_be_positive(tmp_path: Path, limit: int) -> None:
-    with pytest.raises(UserError, match="--limit above 0"):
-        Evaluation(make_tokenizer(), tasks=["wmdp_bio"], data_dir=tmp_path, limit=limit)

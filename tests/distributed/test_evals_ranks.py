@@ -87,3 +87,99 @@ def test_harness_brings_a_failure_of_one_rank_home() -> None:
 
     with pytest.raises(UserError, match="rank 1 says no"):
         run_ranks(2, fail)
+
+
+GENERATIONS = [
+    (f"Which {'is red and ' * (i % 4)}is number {i}?", {"until": ["e"], "max_gen_toks": 3 + i % 3}) for i in range(7)
+]
+TEXTS = [("The quick brown fox jumps over the lazy dog. " * (1 + 3 * i),) for i in range(5)]
+
+
+def shard(model: Any, **options: Any) -> Any:
+    """Blocks, embedding, final norm, head and root each a unit of its own, as in full training."""
+    base = model.base_model
+    layers = base.layers
+    norm = base.final_layer_norm if hasattr(base, "final_layer_norm") else base.norm
+    for part in [model.get_input_embeddings(), *layers, norm, model.get_output_embeddings()]:
+        fully_shard(part, **options)
+    return fully_shard(model, **options)
+
+
+def every_kind(kind: str, sharded: bool = False) -> tuple[list[Any], list[float], list[str]]:
+    """Letters and full answers, perplexities, and texts."""
+    model = make_model(kind)
+    model.train()
+    flags = [module.training for module in model.modules()]
+    live = LiveModel(shard(model) if sharded else model, make_tokenizer(), batch_tokens=150)
+    found = (
+        live.loglikelihood(requests(), disable_tqdm=True),
+        live.loglikelihood_rolling([SimpleNamespace(args=t, task_name="t") for t in TEXTS], disable_tqdm=True),
+        live.generate_until([SimpleNamespace(args=g, task_name="t") for g in GENERATIONS], disable_tqdm=True),
+    )
+    assert [module.training for module in model.modules()] == flags
+    if sharded:  # the weights are shards again: nothing whole stays in memory
+        assert all(hasattr(parameter, "placements") for parameter in model.parameters())
+    return found
+
+
+@pytest.mark.parametrize("kind", ["neox", "llama"])
+def test_every_kind_of_request_is_the_same_to_the_bit_on_sharded_models(kind: str) -> None:
+    """Uneven: 3 ranks run out of batches, and stop writing, at different times."""
+    torch.set_num_threads(1)
+    alone = every_kind(kind)
+    assert len(set(alone[2])) > 2
+    for world_size in (1, 2, 3):
+        assert run_ranks(world_size, every_kind, kind) == [alone] * world_size
+        assert run_ranks(world_size, every_kind, kind, True) == [alone] * world_size
+
+
+def test_evaluation_between_training_steps_of_a_sharded_model_changes_nothing() -> None:
+    """A step, an evaluation, a step: the weights and losses of two steps alone."""
+
+    def losses(evaluated: bool) -> list[float]:
+        model = shard(make_model("llama"))
+        model.train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        ids, found = torch.arange(40).view(2, 20) + dist.get_rank(), []
+        for _ in range(3):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+            if evaluated:
+                LiveModel(model, make_tokenizer(), batch_tokens=150).loglikelihood(requests(), disable_tqdm=True)
+        return found
+
+    assert run_ranks(2, losses, True) == run_ranks(2, losses, False)
+
+
+def test_whole_evaluation_with_orders_and_subsample_on_four_ranks(tmp_path: Path) -> None:
+    write_wmdp(tmp_path, [question(i, i % 4, None) for i in range(11)])
+
+    def evaluate(sharded: bool = False) -> dict[str, Any]:
+        model = make_model("neox")
+        evaluation = Evaluation(
+            make_tokenizer(), tasks=["wmdp_bio"], data_dir=tmp_path, subsample=7, permute=True, batch_tokens=300
+        )
+        own = evaluation.run(shard(model) if sharded else model)["unlearn"]
+        return {key: own[key] for key in ("summary", "questions", "batches")}
+
+    torch.set_num_threads(1)
+    alone = evaluate()
+    assert alone["summary"]["wmdp_bio"]["questions"] == 7 and alone["batches"] % 4 != 0
+    assert run_ranks(4, evaluate) == [alone] * 4
+    assert run_ranks(2, evaluate, True) == [alone] * 2
+
+
+def test_a_task_that_fails_on_one_rank_fails_on_all() -> None:
+    """NaN comes from one rank's rows; every rank must hear of it."""
+
+    def broken() -> None:
+        model = make_model("neox")
+        if dist.get_rank() == 1:
+            model.gpt_neox.final_layer_norm.weight.data[0] = float("nan")
+        LiveModel(model, make_tokenizer(), batch_tokens=150).loglikelihood(requests(), disable_tqdm=True)
+
+    with pytest.raises(UserError, match="found NaN in"):
+        run_ranks(2, broken)
