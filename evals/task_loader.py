@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import lm_eval.tasks
 import lm_eval.utils
 from lm_eval.api.group import Group
 from lm_eval.tasks import TaskManager
@@ -15,11 +14,9 @@ from lm_eval.tasks._index import Entry, Kind
 
 from evals.local_data import LocalData
 from evals.question_task import QuestionTask, allocate
+from evals.task_search import QUICK_FOLDERS, TaskSearch
 from unlearn.errors import UserError
 
-LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
-# Scanning all of lm-eval's task folders takes 8 s; these are what the project measures with, and take 0.1 s.
-QUICK_FOLDERS = [LM_EVAL_TASKS / "wmdp", LM_EVAL_TASKS / "mmlu" / "default", LM_EVAL_TASKS / "wikitext"]
 OWN_FOLDER = Path(__file__).parent / "tasks"
 FEWSHOT_SEED = 1234  # lm-eval's default
 SUPPORTED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
@@ -107,7 +104,7 @@ def _subsample(
 
 
 def _manager(names: list[str], include_path: str | Path | None) -> TaskManager:
-    """A task manager that knows all `names`: a quick one if possible, else one with everything that lm-eval ships."""
+    """A task manager that knows all `names`, of the folders that they need: one of everything takes 8 s to build."""
     folders = [OWN_FOLDER]
     if include_path is not None:
         folders.append(Path(include_path).expanduser())
@@ -115,13 +112,36 @@ def _manager(names: list[str], include_path: str | Path | None) -> TaskManager:
             raise UserError(f"expected a folder after --include-path; found none at {include_path}: check the path")
     manager = TaskManager(include_defaults=False, include_path=[*QUICK_FOLDERS, *folders])
     if _unknown(names, manager.task_index):
-        manager = TaskManager(include_defaults=True, include_path=list(folders))
-    for name in _unknown(names, manager.task_index):
-        close = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(close)}?" if close else "give its folder with --include-path"
-        raise UserError(f"expected the name of a task, group or tag; found {name!r}, which is unknown: {hint}")
+        manager = _search(names, folders, manager)
     for name in names:
         _refuse_classes(name, manager.task_index)
+    return manager
+
+
+def _search(names: list[str], folders: list[Path], manager: TaskManager) -> TaskManager:
+    """Add the folders of lm-eval that define what `manager` lacks, or everything if they are not that easily told."""
+    search, quick = TaskSearch(), list(QUICK_FOLDERS)
+    while missing := _unknown(names, manager.task_index):
+        for name in missing:
+            if not search.mentions(name):
+                close = difflib.get_close_matches(name, sorted(search.names | set(manager.all_tasks)), n=3, cutoff=0.5)
+                hint = f"did you mean {', '.join(close)}?" if close else "give its folder with --include-path"
+                raise UserError(f"expected the name of a task, group or tag; found {name!r}, which is unknown: {hint}")
+        places = search.folders(missing)
+        if places is None or set(places) <= set(quick):
+            return _everything(names, folders)
+        quick += [place for place in dict.fromkeys(places) if place not in quick]
+        manager = TaskManager(include_defaults=False, include_path=[*quick, *folders])
+    return manager
+
+
+def _everything(names: list[str], folders: list[Path]) -> TaskManager:
+    manager = TaskManager(include_defaults=True, include_path=list(folders))
+    for name in _unknown(names, manager.task_index):
+        raise UserError(
+            f"expected the name of a task, group or tag; found {name!r}, which is unknown: `lm-eval ls tasks` lists "
+            "lm-eval's, --include-path adds yours"
+        )
     return manager
 
 

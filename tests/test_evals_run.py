@@ -2,9 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from evals_support import OracleModel, make_model, make_tokenizer, question, write_wmdp
@@ -127,6 +130,12 @@ def test_failed_write_leaves_nothing(place: Path, tmp_path: Path, monkeypatch: p
         (["--model", "{place}/nothing"], "found nothing at"),
         (["--out", "{place}/data/cais/wmdp/wmdp-bio/test-00000-of-00001.parquet"], "expected to write"),
         (["--overwrite"], "no effect without --out"),
+        (["--samples"], "no effect without --out"),
+        (["--margin", "0.02"], "no effect without --baseline"),
+        (["--limit", "3", "--subsample", "3"], "no effect beside --subsample"),
+        (["--target", "wmdp_bio"], "--target as TASK<=SHARE"),
+        (["--baseline", "{place}/data"], "an interrupted run leaves none"),
+        (["--tasks", "wmdp_boi"], "did you mean wmdp_bio"),
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_code_2(
@@ -148,3 +157,90 @@ def test_existing_results_are_found_before_the_model_is_loaded(
     monkeypatch.setattr("unlearn.model.load_model", None)
     assert outcome(monkeypatch, arguments) == 2
     assert "expected no results in" in capsys.readouterr().err
+
+
+def written(folder: Path) -> dict[str, Any]:
+    (file,) = folder.rglob("results_*.json")
+    content: dict[str, Any] = json.loads(file.read_text())
+    return content
+
+
+def test_verdict_and_comparison_are_printed_and_written(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert outcome(monkeypatch, command(place, "--out", str(tmp_path / "base"))) == 0
+    assert not list((tmp_path / "base").rglob("samples_*")), "samples on request only"
+    flags = ["--out", str(tmp_path / "new"), "--baseline", str(tmp_path / "base"), "--samples", "--margin", "0.02"]
+    targets = ["--target", "wmdp_bio<=0.95", "--target", "wmdp_bio>=0.01"]
+    capsys.readouterr()
+    assert outcome(monkeypatch, command(place, *flags, *targets)) == 0
+    printed = capsys.readouterr().out
+    own = written(tmp_path / "new")["unlearn"]
+    assert len(own["verdict"]["targets"]) == 2 and own["verdict"]["words"] in printed
+    compared = own["baseline"]["tasks"]["wmdp_bio"]
+    assert compared["difference"] == 0.0 and compared["p"] == 1.0 and compared["margin"] == 0.02
+    assert "question by question" in printed and "debiased" in printed
+    assert len(list((tmp_path / "new").rglob("samples_wmdp_bio_*.jsonl"))) == 1
+    (file,) = own["data"]["wmdp_bio"]
+    assert file.endswith(".parquet") and len(own["data"]["wmdp_bio"][file]) == 64
+
+
+def test_model_that_always_says_c_is_called_collapsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole way: a checkpoint whose unembedding favours one letter, through the command."""
+    tokenizer, model = make_tokenizer(), make_model("llama")
+    model.config.tie_word_embeddings = False
+    (letter,) = tokenizer.encode(" C")
+    model.model.norm.weight.data.zero_()  # the final norm gives zeros: every logit is 0 ...
+    head = model.lm_head.weight.data
+    model.lm_head.weight.data = head.zero_()
+    head[letter] = 1.0
+    model.model.norm.weight.data.fill_(1.0)
+    model.model.embed_tokens.weight.data.abs_()
+    for layer in model.model.layers:  # ... but for C's, the sum of a stream that stays positive
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp.down_proj.weight.data.zero_()
+    (tmp_path / "model").mkdir()
+    save_model(model, tokenizer, tmp_path / "model")
+    write_wmdp(tmp_path / "data", [question(i, i % 4, None) for i in range(80)])
+    arguments = ["--model", str(tmp_path / "model"), "--tasks", "wmdp_bio", "--data-dir", str(tmp_path / "data")]
+    assert outcome(monkeypatch, [*arguments, "--dtype", "fp32", "--target", "wmdp_bio<=0.25"]) == 0
+    printed = capsys.readouterr().out
+    assert "verdict: met only by collapse by point estimate; met only by collapse by 95 % interval" in printed
+    assert "100% of all answers are C" in printed
+
+
+def test_changed_questions_are_found_before_the_model_is_loaded(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert outcome(monkeypatch, command(place, "--out", str(tmp_path / "base"))) == 0
+    write_wmdp(tmp_path / "data", [question(i, (i + (i == 4)) % 4, None) for i in range(10)])
+    monkeypatch.setattr("unlearn.model.load_model", None)
+    capsys.readouterr()
+    baseline = ["--baseline", str(tmp_path / "base")]
+    for flags, message in [
+        (["--data-dir", str(tmp_path / "data")], "found 1 of 10 changed"),
+        (["--limit", "5"], "found 5 here and 10 there"),
+        (["--permute-choices"], "found 40 here and 10 there"),
+        (["--target", "mmlu>=0.3"], "found 'mmlu': add it to --tasks"),
+    ]:
+        assert outcome(monkeypatch, command(place, *flags, *baseline)) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("error:") == 1 and "Traceback" not in error
+
+
+def test_interrupted_run_says_so_and_leaves_no_results(place: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    write_wmdp(tmp_path / "data", [question(i, i % 4, None) for i in range(40_000)])
+    flags = command(place, "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--batch-tokens", "99")
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "evals/run.py"), *flags], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(2.0)
+    while process.poll() is None and not (tmp_path / "out").exists():
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "evals/run.py: interrupted" in error and "Traceback" not in error
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]

@@ -219,3 +219,19 @@ def test_unsuitable_tasks_are_refused(tmp_path: Path) -> None:
         load_tasks([], data_dir=tmp_path)
     with pytest.raises(UserError, match="--include-path; found none"):
         load_tasks(["wmdp_bio"], data_dir=tmp_path, include_path=tmp_path / "nowhere")
+
+
+@pytest.mark.slow
+def test_any_task_of_lm_eval_is_found_without_reading_all() -> None:
+    """A task, a group whose members are elsewhere, and a tag; as lm-eval's own index has them."""
+    from lm_eval.tasks import TaskManager
+
+    from evals.task_loader import _leaves, _manager, _members
+
+    everything = TaskManager()
+    for name in ("hellaswag", "arc_challenge", "mmlu_pro", "ai2_arc", "mmlu_stem_tasks", "super-glue-lm-eval-v1"):
+        index = _manager([name], None).task_index
+        assert index[name].kind is everything.task_index[name].kind
+        assert sorted(_members(index[name])) == sorted(_members(everything.task_index[name]))
+        assert index[name].yaml_path == everything.task_index[name].yaml_path
+        assert sorted(_leaves(name, index)) == sorted(_leaves(name, everything.task_index))
