@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.demo import TASKS, table
+from launch.demo import TARGETS, TASKS, table
 
 ROOT = Path(__file__).parent.parent
 
@@ -18,7 +18,9 @@ def test_table_shows_intervals_splits_and_collapse() -> None:
         "interval": [0.4, 0.6],
         "debiased": 0.7,
         "debiased_interval": [0.6, 0.8],
-        "predicted": [0.9, 0.1],
+        "letters": ["A", "B", "C", "D"],
+        "predicted": [0.1, 0.0, 0.9, 0.0],
+        "letter_check": "collapse",
     }
     stage = dict.fromkeys(TASKS.values(), measured)
     split = stage | {"wmdp_bio/attacked=True": measured | {"acc": 0.25}}
@@ -26,7 +28,8 @@ def test_table_shows_intervals_splits_and_collapse() -> None:
     assert lines[1].count("50.0 [40.0, 60.0]") == 3
     (attacked,) = [line for line in lines if "attacked facts" in line]
     assert attacked.count("25.0 [40.0, 60.0]") == 1 and attacked.count("[") == 1
-    assert [line.count("90.0") for line in lines if "commonest" in line] == [3]
+    assert [line.count("C: 90.0 %") for line in lines if "commonest" in line] == [3]
+    assert [line.count("collapse") for line in lines if line.startswith("letter check")] == [3]
     assert [line.count("70.0") for line in lines if "debiased" in line] == [3]
 
 
@@ -51,5 +54,7 @@ def test_demo_unlearns_and_keeps(tmp_path: Path, flags: list[str]) -> None:
         assert after[form] >= before[form] - 0.03
     # What hides behind a habit of one letter shows here; the rest that stays is the tiny model's, and is reported.
     assert summary["details"]["after"]["wmdp_bio"]["debiased"] <= 0.40
+    assert {one["target"] for one in summary["verdict"]["targets"]} == set(TARGETS)
+    assert summary["against_before"]["wmdp_bio"]["p"] < 1e-6 and summary["verdict"]["words"] in result.stdout
     assert attacked["hazard_letter"] > after["hazard_letter"]
     assert (tmp_path / "demo" / "unlearned" / "model" / "model.safetensors").is_file()

@@ -208,3 +208,43 @@ def test_batches_keep_to_the_scored_positions() -> None:
     scored = [sum(row.scored for row in batch) for batch in plan.batches]
     assert len(scored) > 1 and max(scored) <= SCORED_POSITIONS
     assert plan.lengths == [1500] * 3 + [1000] * 5
+
+
+def test_whole_tasks_score_exactly_as_with_hflm(tmp_path: Path) -> None:
+    """Every accuracy equal, every log-likelihood within 1e-5, on letters, robust letters and full answers."""
+    from lm_eval.evaluator import evaluate
+
+    from evals.task_loader import load_tasks
+
+    words = "fox dog lazy planet red over again quick brown".split()
+    rows = [
+        {
+            "question": f"Which {words[i % 9]} is {words[i * 5 % 7]} {i}?",
+            "choices": [f"{words[(i * 7 + j * 2) % 9]} {words[(i + j) % 9]}"[: 4 + (i + 3 * j) % 9] for j in range(4)],
+            "answer": i * 7 % 4,
+        }
+        for i in range(60)
+    ]
+    write_questions(tmp_path / "cais/wmdp/wmdp-bio", rows)
+    write_questions(tmp_path / "EleutherAI/wmdp_bio_cloze/data", rows, "cloze_compatible")
+    write_stem(tmp_path)
+    names = ["wmdp_bio", "mmlu_stem", "wmdp_bio_cloze_verified"]
+    tokenizer, model = make_tokenizer(), make_model("neox", seed=3)
+    result = Evaluation(tokenizer, tasks=names, data_dir=tmp_path, batch_tokens=700).run(model)
+    reference = evaluate(hflm(model, tokenizer), load_tasks(names, data_dir=tmp_path), bootstrap_iters=1000)
+    for table in ("results", "groups"):
+        for name, numbers in reference[table].items():
+            assert {key: result[table][name][key] for key in numbers} == numbers
+    for task, samples in reference["samples"].items():
+        for mine, theirs in zip(result["samples"][task], samples, strict=True):
+            assert set(theirs) == set(mine)
+            for (score, greedy), (expected, known) in zip(
+                mine["filtered_resps"], theirs["filtered_resps"], strict=True
+            ):
+                assert score == pytest.approx(expected, abs=1e-5) and greedy == known
+            different = {"resps", "filtered_resps"}  # the log-likelihoods, compared above
+            assert {k: v for k, v in mine.items() if k not in different} == {
+                k: v for k, v in theirs.items() if k not in different
+            }
+    assert len({sample["acc_norm"] for sample in result["samples"]["wmdp_bio_cloze_verified"]}) == 2
+    assert result["n-samples"] == reference["n-samples"] and result["configs"].keys() == reference["configs"].keys()
