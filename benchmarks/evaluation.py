@@ -182,7 +182,7 @@ def fixed_costs(tokenizer: PreTrainedTokenizerBase) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--questions", type=int, default=64)
+    parser.add_argument("--questions", type=int, default=96)
     flags = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(str(WEIGHTS))

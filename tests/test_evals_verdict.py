@@ -86,6 +86,13 @@ def test_habit_below_the_share_of_collapse_is_found_by_what_it_hides() -> None:
     assert words(numbers, "task<=0.3")[0] == "met only by collapse"
 
 
+def test_avoiding_the_right_answers_is_no_unlearning() -> None:
+    """Five per cent right cannot be had without knowing what is right."""
+    verdict = judge({"task": coin_flips(868, 43)}, [parse_target("task<=0.25")])
+    assert verdict["by_interval"] == "met only by collapse"
+    assert "known and avoided" in verdict["targets"][0]["collapse"]
+
+
 def test_averaging_over_orders_finds_knowledge_too() -> None:
     numbers = coin_flips(868, 190) | {"orders": 4, "cyclic": 0.5, "cyclic_interval": [0.46, 0.54]}
     verdict = judge({"task": numbers}, [parse_target("task<=0.25")])
