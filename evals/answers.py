@@ -113,38 +113,46 @@ def collect(
         return None
     right = [round(float(sample[metric])) for sample in first]
     ids = [sample["doc_hash"][:16] for sample in first]
+    targets = [_target(sample, delimiter) for sample in first]
     choices = _choices(first)
     empty: dict[str, list[Any]] = {
         name: []
         for name in ("letters", "answers", "targets", "debiased", "ties", "probability", "answer_probability", "cyclic")
     }
-    if choices is not None:
+    if choices is not None and None not in targets:
         lengths = [_lengths(sample, metric, delimiter) for sample in first]
         scores = [[v / n for v, n in zip(row, size, strict=True)] for row, size in zip(choices, lengths, strict=True)]
-        empty |= _of_choices(first, choices, scores, letters, tokens)
+        empty |= _of_choices(first, [int(target or 0) for target in targets], choices, scores, letters, tokens)
         assert right == [int(a == t) for a, t in zip(empty["answers"], empty["targets"], strict=True)]
     return Answers(metric=metric, ids=ids, right=right, orders=letters.orders if letters else 1, **empty)
 
 
 def _choices(samples: Sequence[Sample]) -> list[list[float]] | None:
-    """The log-likelihood of each choice of each sample; None where samples are not choices with one right place."""
+    """The log-likelihood of each choice of each sample; None where samples are not choices."""
     scored = all(isinstance(response, tuple) for sample in samples for response in sample["filtered_resps"])
     if not scored or any(len(sample["filtered_resps"]) < 2 for sample in samples):
-        return None
-    if not all(str(sample["target"]).isdigit() for sample in samples):
         return None
     return [[response[0] for response in sample["filtered_resps"]] for sample in samples]
 
 
+def _target(sample: Sample, delimiter: str) -> int | None:
+    """The place of the right choice, given as a number or by its text, as lm-eval reads it; None if neither."""
+    target = sample["target"]
+    if isinstance(target, str):
+        texts = [arguments[1].removeprefix(delimiter) for arguments in sample["arguments"] if len(arguments) == 2]
+        return texts.index(target) if target in texts else None
+    return target if isinstance(target, int) else None
+
+
 def _of_choices(
     samples: Sequence[Sample],
+    targets: list[int],
     rows: list[list[float]],
     scores: list[list[float]],
     letters: Letters | None,
     tokens: Mapping[tuple[str, str], int] | None,
 ) -> dict[str, list[Any]]:
     """The fields of `Answers` that only tasks with choices have."""
-    targets = [int(sample["target"]) for sample in samples]
     found: dict[str, list[Any]] = {
         "answers": [_likeliest(row) for row in scores],
         "targets": targets,

@@ -314,7 +314,7 @@ def float32_head(head: nn.Module, row: Tensor, position: Tensor) -> Iterator[Non
     Args:
         row, position: int64 [N], where in the hidden states [B, S, D] the scored positions are.
     """
-    original = head.forward
+    original, replaced = head.forward, vars(head).get("forward")
 
     def forward(hidden: Tensor) -> Tensor:
         scored = hidden[row, position].unsqueeze(0)  # [1, N, D]
@@ -330,6 +330,8 @@ def float32_head(head: nn.Module, row: Tensor, position: Tensor) -> Iterator[Non
         yield
     finally:
         del head.forward
+        if replaced is not None:
+            head.forward = replaced
 
 
 def _is_linear(head: nn.Module) -> bool:

@@ -206,8 +206,23 @@ class QuestionTask(ConfigurableTask):
         for number, document in self.doc_iterator():
             context = self.fewshot_context(document, self.config.num_fewshot, gen_prefix=self.doc_to_prefix(document))
             metadata = (self.config.task, number, self.config.repeats)
+            self._check_target(document, number)
             requests = self.construct_requests(doc=document, ctx=context, metadata=metadata)
             yield from requests if isinstance(requests, list) else [requests]
+
+    def _check_target(self, document: Document, number: int) -> None:
+        """Raise where lm-eval would warn and count every answer as wrong."""
+        if self.OUTPUT_TYPE != "multiple_choice" or self.multiple_input:
+            return
+        target, choices = self.doc_to_target(document), self.doc_to_choice(document)
+        right = target if isinstance(target, list) else [target]
+        if all(0 <= one < len(choices) if isinstance(one, int) else one in choices for one in right):
+            return
+        raise UserError(
+            f"expected the right choice of each question of task {self.config.task} as a number from 0 to "
+            f"{len(choices) - 1}, or as one of the choices; found {target!r} in question {number}: mend the data, or "
+            "the task's doc_to_target"
+        )
 
 
 def allocate(sizes: Mapping[str, int], total: int, name: str) -> dict[str, int]:

@@ -180,6 +180,18 @@ def test_questions_longer_than_the_model_are_found_before_it_is_there(tmp_path: 
     assert result["unlearn"]["truncated_rows"] > 0
 
 
+@pytest.mark.parametrize("answer", [4, -1, "2"])
+def test_right_choices_out_of_range_are_an_error(tmp_path: Path, answer: object) -> None:
+    """lm-eval warns and counts every answer as wrong: 0 % that look like perfect unlearning."""
+    rows = [question(i, i % 4, None) for i in range(3)]
+    write_wmdp(
+        tmp_path, [row | {"answer": type(answer)(row["answer"])} for row in rows] + [rows[0] | {"answer": answer}]
+    )
+    found = "'0' in question 0" if answer == "2" else f"{answer} in question 3"
+    with pytest.raises(UserError, match=f"number from 0 to 3, or as one of the choices; found {found}"):
+        evaluate(tmp_path, ["wmdp_bio"])
+
+
 def test_letters_must_be_single_tokens(tmp_path: Path) -> None:
     """Its letters are bytes of their own: " A" is a space and an A."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -51,6 +51,13 @@ def test_accuracy_without_numbered_answers_has_an_interval_and_nothing_of_letter
     assert not {"debiased", "predicted", "tie_rate", "letter_check"} & set(numbers)
 
 
+def test_right_answers_may_be_given_by_their_text() -> None:
+    """Also where that text is itself a number: it is no place."""
+    row = sample([0.0, -1.0], 0) | {"target": "1", "arguments": [("q", " 1"), ("q", " 2")]}
+    found = gather([row], None)
+    assert found.targets == [0] and found.answers == [0] and found.right == [1]
+
+
 def test_full_answers_are_scored_as_the_metric_says() -> None:
     """acc_norm divides by characters; the probability of the right answer by tokens."""
     row = sample([-4.0, -5.0], 1) | {"metrics": ["acc_norm"], "acc_norm": 1.0}

@@ -14,6 +14,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from evals.evaluation import Evaluation
 from evals.lm import LiveModel
 from unlearn.errors import UserError
+from unlearn.sharding import shard as shard_rows
+from unlearn.sharding import shard_mesh
 
 PAIRS = [(f"Which planet {'is red and ' * (i % 9)}is number {i}? Answer:", f" {c}") for i in range(9) for c in "ABCD"]
 PAIRS += [("The quick brown fox", " jumps over the lazy dog"), ("The lazy dog", " again")]
@@ -103,6 +105,25 @@ def shard(model: Any, **options: Any) -> Any:
     for part in [model.get_input_embeddings(), *layers, norm, model.get_output_embeddings()]:
         fully_shard(part, **options)
     return fully_shard(model, **options)
+
+
+def shard_as_training_does(model: Any, shard_size: int | None) -> Any:
+    """`unlearn.sharding` over all ranks, or over groups of `shard_size`."""
+    mesh = shard_mesh("hybrid" if shard_size else "full", shard_size, torch.device("cpu"))
+    shard_rows(model, mesh, compute=torch.float32)
+    return model
+
+
+def scores_of_hybrid(kind: str, shard_size: int | None) -> list[tuple[float, bool]]:
+    model = shard_as_training_does(make_model(kind), shard_size)
+    return LiveModel(model, make_tokenizer(), batch_tokens=150).loglikelihood(requests(), disable_tqdm=True)
+
+
+def test_layouts_of_training_give_the_same_bits() -> None:
+    """Full and hybrid sharding on four ranks; tied weights stay with the root."""
+    torch.set_num_threads(1)
+    for kind, shard_size in (("gemma2", None), ("neox", 2)):
+        assert run_ranks(4, scores_of_hybrid, kind, shard_size) == [scores(kind)] * 4
 
 
 def every_kind(kind: str, sharded: bool = False) -> tuple[list[Any], list[float], list[str]]:
