@@ -72,6 +72,7 @@ class Evaluation:
             if value is not None and value <= 0:
                 raise UserError(f"expected --{name} above 0; found {value}: leave it out to take all questions")
         self.tokenizer, self.limit, self.subsample = tokenizer, limit, subsample
+        self._planned: int | None = None  # the context length that was planned for
         self._planner = Planner(tokenizer, batch_tokens, truncate=truncate)
         # Only what comes from the hub goes through a cache that one rank should fill first.
         with main_first() if data_dir is None else nullcontext():
@@ -143,6 +144,8 @@ class Evaluation:
 
     def _plan(self, max_length: int) -> None:
         """Plan what lm-eval will ask for, so that what is wrong with the questions shows before any forward pass."""
+        if self._planned == max_length:
+            return
         asked: dict[str, list[Any]] = {}
         for task in self.tasks.values():
             for instance in task.instances:
@@ -152,6 +155,7 @@ class Evaluation:
         if "loglikelihood" in asked:
             plan = self._planner.plan(asked["loglikelihood"], max_length)
             self._check_letters(dict(zip(asked["loglikelihood"], plan.lengths, strict=True)))
+        self._planned = max_length
 
     def _check_letters(self, tokens: Mapping[tuple[str, str], int]) -> None:
         """Raise unless every letter is a single token after its question, as all published numbers take it to be."""
