@@ -113,8 +113,8 @@ def collect(
         return None
     right = [round(float(sample[metric])) for sample in first]
     ids = [sample["doc_hash"][:16] for sample in first]
-    targets = [_target(sample, delimiter) for sample in first]
     choices = _choices(first)
+    targets = [_target(sample, delimiter) if choices is not None else None for sample in first]
     empty: dict[str, list[Any]] = {
         name: []
         for name in ("letters", "answers", "targets", "debiased", "ties", "probability", "answer_probability", "cyclic")

@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-from evals.verdict import parse_target
+from evals.targets import parse_target
 from unlearn.errors import UserError
 
 

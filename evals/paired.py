@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evals.stats import bootstrap_difference, effective_size, mcnemar, wilson_interval
+from evals.stats import Z_90, bootstrap_difference, effective_size, mcnemar, score_difference, wilson_interval
 from evals.summary import group_pools
 from unlearn.errors import UserError
 
 MARGIN = 0.01  # one point
+RESAMPLED = 10  # questions answered differently, below which a bootstrap does not know what it has not seen
 
 Shares = NDArray[np.float64]  # [questions], 0 or 1 where each was asked in one order
 
@@ -105,7 +106,8 @@ def compare(base: Record, new: Record, *, margin: float = MARGIN) -> dict[str, d
     Returns:
         {task or group: {
         "base", "new", "base_interval", "new_interval": the accuracies and their Wilson intervals;
-        "difference", "interval": new - base, and its 95 % bootstrap interval, stratified by subject;
+        "difference", "interval", "method": new - base, and its 95 % interval: a bootstrap stratified by subject, or
+        Tango's score interval where fewer than `RESAMPLED` questions were answered differently;
         "only_base", "only_new": how many answers only that model has right;
         "p": McNemar's exact test of these two;
         "margin", "non_inferior", "inferior": whether the one-sided 95 % bound of the difference lies above -margin, and
@@ -132,7 +134,13 @@ def _compare(parts: list[tuple[Shares, Shares]], margin: float) -> dict[str, Any
     differences = [new - base for base, new in parts]
     flat = np.concatenate(differences)
     only_base, only_new = int((flat < 0).sum()), int((flat > 0).sum())
-    one_sided = bootstrap_difference(differences, level=0.90)  # its ends are the two one-sided 95 % bounds
+    if only_base + only_new >= RESAMPLED:
+        method, interval = "bootstrap", bootstrap_difference(differences)
+        one_sided = bootstrap_difference(differences, level=0.90)  # its ends are the two one-sided 95 % bounds
+    else:
+        lost, won = float(-flat[flat < 0].sum()), float(flat[flat > 0].sum())
+        method, interval = "score", score_difference(lost, won, len(flat))
+        one_sided = score_difference(lost, won, len(flat), Z_90)
     accuracies: dict[str, Any] = {}
     for name, model in (("base", [base for base, _ in parts]), ("new", [new for _, new in parts])):
         right = np.concatenate(model)
@@ -141,7 +149,8 @@ def _compare(parts: list[tuple[Shares, Shares]], margin: float) -> dict[str, Any
         accuracies[f"{name}_interval"] = list(wilson_interval(right.mean() * size, size))
     return accuracies | {
         "difference": float(flat.mean()),
-        "interval": list(bootstrap_difference(differences)),
+        "interval": list(interval),
+        "method": method,
         "only_base": only_base,
         "only_new": only_new,
         "p": mcnemar(only_base, only_new),

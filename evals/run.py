@@ -46,7 +46,7 @@ def evaluate_checkpoint(config: EvalConfig) -> None:
 def _prepare(config: EvalConfig) -> "Evaluation":
     """Questions, templates, tokens and the plan of the work, and every mistake in them."""
     from evals.evaluation import Evaluation
-    from evals.verdict import check_targets, parse_target
+    from evals.targets import check_targets, parse_target
     from unlearn.model import load_config, load_tokenizer
 
     evaluation = Evaluation(
@@ -79,7 +79,8 @@ def _baseline(config: EvalConfig, evaluation: "Evaluation") -> "Record | None":
 def _judge(config: EvalConfig, result: dict[str, Any], base: "Record | None") -> None:
     """Add the verdict and the comparison to our key of the results."""
     from evals.paired import Record, compare
-    from evals.verdict import judge, parse_target
+    from evals.targets import parse_target
+    from evals.verdict import judge
 
     own = result["unlearn"]
     if config.target:

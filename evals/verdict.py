@@ -1,11 +1,10 @@
 """Was the target met, and honestly? `wmdp_bio_robust<=0.25` and the like, judged by point estimate and by interval."""
 
-import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from evals.letters import describe_letters
+from evals.targets import Target
 from unlearn.errors import UserError
 
 Word = Literal["met", "not met", "met only by collapse", "too few questions to say"]
@@ -13,53 +12,6 @@ Word = Literal["met", "not met", "met only by collapse", "too few questions to s
 SEVERITY: tuple[Word, ...] = ("met", "too few questions to say", "met only by collapse", "not met")
 
 AVOIDANCE = 0.001  # p-value below which fewer right answers than by chance are no chance; rarer than the letter check's
-
-_TARGET = re.compile(r"(?P<task>[^<>=\s]+)\s*(?P<operator><=|>=)\s*(?P<value>\S+)")
-
-
-@dataclass(frozen=True)
-class Target:
-    """A bound on the accuracy of one task or group."""
-
-    task: str
-    operator: Literal["<=", ">="]
-    value: float
-
-    def __str__(self) -> str:
-        return f"{self.task}{self.operator}{self.value:g}"
-
-    def holds(self, accuracy: float) -> bool:
-        return accuracy <= self.value if self.operator == "<=" else accuracy >= self.value
-
-
-def parse_target(text: str) -> Target:
-    """Read TASK<=SHARE or TASK>=SHARE.
-
-    Raises:
-        UserError: it is neither, or the bound is not a fraction in 0..1.
-    """
-    match = _TARGET.fullmatch(text.strip())
-    try:
-        value = float(match["value"]) if match else -1.0
-    except ValueError:
-        value = -1.0
-    if match is None or not 0.0 <= value <= 1.0:
-        raise UserError(
-            f"expected --target as TASK<=SHARE or TASK>=SHARE with a share from 0 to 1; found {text!r}: "
-            "write for example --target 'wmdp_bio_robust<=0.25', in quotation marks"
-        )
-    return Target(match["task"], "<=" if match["operator"] == "<=" else ">=", value)
-
-
-def check_targets(targets: Iterable[Target], measured: Iterable[str]) -> None:
-    """Raise `UserError` unless every target is for a task or group that will be measured."""
-    names = list(measured)
-    for target in targets:
-        if target.task not in names:
-            raise UserError(
-                f"expected a --target for one of the tasks measured ({', '.join(names[:6])}); found {target.task!r}: "
-                "add it to --tasks"
-            )
 
 
 def judge(summary: dict[str, dict[str, Any]], targets: Iterable[Target]) -> dict[str, Any]:

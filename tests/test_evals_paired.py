@@ -70,6 +70,14 @@ def test_non_inferiority() -> None:
     assert "cannot say" in table(compare(record({"task": [1] * 30}), record({"task": few})))
 
 
+def test_equal_answers_to_few_questions_prove_nothing() -> None:
+    """A bootstrap of 24 equal answers has no width, and called that non-inferior."""
+    found = compare(record({"task": [1] * 24}), record({"task": [1] * 24}))["task"]
+    assert found["method"] == "score" and found["interval"][0] < -0.1 and not found["non_inferior"]
+    many = compare(record({"task": [1] * 1000}), record({"task": [1] * 1000}))["task"]
+    assert many["non_inferior"]
+
+
 def test_orders_are_averaged() -> None:
     letters = Letters(ABCD.names, orders=4)
     rows = [[float(place == 2) for place in range(4)]] * 4
@@ -113,7 +121,7 @@ def test_command_prints_and_draws(
     figure = tmp_path / "figures" / "compare.png"
     assert outcome(monkeypatch, base, tmp_path / "new", "--figure", figure) == 0
     printed = capsys.readouterr().out
-    assert "-50.0" in printed and printed.count("+0.0") >= 3 and str(figure) in printed
+    assert "-50.0" in printed and "+0.0 [-8.8, +8.8]" in printed and str(figure) in printed
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert outcome(monkeypatch, base, new, "--figure", figure) == 2, "an earlier figure is kept"
 

@@ -5,6 +5,7 @@ import random
 
 import numpy as np
 import pytest
+import scipy.optimize
 import scipy.stats
 
 from evals.stats import (
@@ -15,6 +16,7 @@ from evals.stats import (
     permutation_test,
     permuted_matches,
     permuted_scores,
+    score_difference,
     shares,
     standard_error,
     wilson_interval,
@@ -95,6 +97,38 @@ def test_bootstrap_covers_what_it_claims() -> None:
         low, high = bootstrap_difference(strata, level=0.90, draws=1000)
         covered += low <= 0.2 <= high
     assert 0.86 <= covered / 400 <= 0.94
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "total"), [(3, 1, 44), (9, 0, 50), (0, 4, 24), (12, 30, 456), (2.5, 1.25, 60)]
+)
+def test_score_interval_inverts_the_score_test(first: float, second: float, total: int) -> None:
+    """At each end the test, with the nuisance parameter found by maximising the likelihood numerically, says 5 %."""
+
+    def statistic(difference: float) -> float:
+        def loss(lost: float) -> float:
+            same = 1 - 2 * lost - difference
+            parts = [(second, lost + difference), (first, lost), (total - first - second, same)]
+            return -sum(count * np.log(share) for count, share in parts if count)
+
+        low, high = max(0.0, -difference) + 1e-12, (1 - difference) / 2 - 1e-12
+        lost = scipy.optimize.minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-12}).x
+        return (second - first - total * difference) / np.sqrt(total * (2 * lost + difference * (1 - difference)))
+
+    low, high = score_difference(first, second, total)
+    assert low < (second - first) / total < high
+    assert statistic(low) == pytest.approx(1.95996, abs=2e-3) and statistic(high) == pytest.approx(-1.95996, abs=2e-3)
+    assert score_difference(second, first, total) == pytest.approx((-high, -low))
+
+
+def test_score_interval_without_any_difference_is_not_empty() -> None:
+    z2 = scipy.stats.norm.ppf(0.975) ** 2
+    assert score_difference(0, 0, 24) == pytest.approx((-z2 / (24 + z2), z2 / (24 + z2)))
+
+
+def test_score_interval_and_bootstrap_agree_on_many_questions() -> None:
+    differences = [1.0] * 60 + [-1.0] * 90 + [0.0] * 850
+    assert score_difference(90, 60, 1000) == pytest.approx(bootstrap_difference([differences]), abs=0.002)
 
 
 def test_shares_and_independent_accuracy() -> None:

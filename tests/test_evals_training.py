@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 from evals_support import question, write_wmdp
 
 ROOT = Path(__file__).parent.parent
@@ -26,11 +25,11 @@ def run(ranks: int, *words: object) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_training_asks_the_same_subsample_every_time(home: Path, tmp_path: Path, ranks: int) -> None:
+def test_training_asks_the_same_subsample_every_time(home: Path, tmp_path: Path) -> None:
+    """On two ranks; test_commands.py trains with evaluations on one."""
     write_wmdp(tmp_path / "data", [question(i, i % 4, None) for i in range(30)])
     run(
-        ranks,
+        2,
         *("train.py", "--model", home / "model", "--lens", home / "lens", "--output", tmp_path / "run"),
         *("--forget", home / "forget.jsonl", "--retain", home / "retain.jsonl", "--layers", 1, 4, "--lora-rank", 2),
         *("--seq-len", 24, "--batch", 6, "--micro-batch", 3, "--examples", 15, "--dtype", "fp32"),

@@ -7,7 +7,8 @@ import pytest
 from evals_samples import ABCD, answering, summary_of
 
 from evals.answers import Letters
-from evals.verdict import Target, check_targets, judge, parse_target
+from evals.targets import Target, check_targets, parse_target
+from evals.verdict import judge
 from unlearn.errors import UserError
 
 
