@@ -68,8 +68,7 @@ def build_optimizers(
         if not parts.matrices:
             raise UserError("expected matrices inside the blocks for Muon; found none trainable: use --optimizer adamw")
         assert muon_lr is not None and momentum is not None
-        matrices = list(parts.matrices.values())
-        built["muon"] = Muon(matrices, lr=muon_lr, momentum=momentum, weight_decay=weight_decay)
+        built["muon"] = Muon(parts.matrices.items(), lr=muon_lr, momentum=momentum, weight_decay=weight_decay)
     else:
         decayed = [*parts.matrices.values(), *decayed]
     groups = [(decayed, weight_decay), (list(parts.vectors.values()), 0.0)]

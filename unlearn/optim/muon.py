@@ -1,81 +1,212 @@
 """Muon (Keller Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): momentum, then orthogonalisation."""
 
-import math
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from unlearn.optim.newton_schulz import orthogonalize
+from unlearn.distributed import world_size
+from unlearn.errors import UserError
+from unlearn.optim.layout import layout_of
+from unlearn.optim.matrix import FUSED_QKV, AdjustLr, Matrix, Qkv
+from unlearn.optim.newton_schulz import Method, orthogonalize
+from unlearn.optim.rounds import pipeline, plan, run_round
 
-AdjustLr = Literal["match_rms_adamw", "original"]
+SMALL_SIDE, BATCH = 128, 64
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for matrices that are whole on every rank.
+    """Muon for matrices that are sharded by FSDP2 (one- or two-dimensional meshes), whole on every rank, or mixed.
 
-    Communication: none. Every rank holds the same summed gradients and repeats the same arithmetic, so that the
-    weights stay the same to the bit.
+    The weights after a step are the same bits on any number of ranks: a matrix is orthogonalised whole, by one rank,
+    from the same bfloat16 numbers in the same products; all else is elementwise. With `quintic` they are also those
+    of `torch.optim.Muon` in one process.
+
+    Communication of one step, with W = R S ranks, of which S hold a matrix together, R times over; P parameters:
+
+    1. One all-reduce of two bytes a matrix: which gradients are missing, which are not finite. If one is not finite
+       on some rank, every rank raises, and nothing has been changed.
+    2. Momentum is stepped where it lies, in the parameter's own placement: no communication.
+    3. Every matrix has one owner, by longest processing time over the operations of its Newton-Schulz iteration. In
+       rounds of at most one matrix for each owner: the S ranks of a replica send their rows of the direction to the
+       owners among them, through one uneven all-to-all in bfloat16; the owner orthogonalises; another all-to-all
+       brings the rows of the updates back. Each way a rank sends 2 P / W (S - 1) / S bytes on average. With R > 1
+       each replica then passes its updates' shards on to the other R - 1, by broadcast, a shard at a time.
+    4. While one round is orthogonalised the next is on its way to its owners and the one before on its way back.
+       Peak memory above weights, gradients and momenta: with R = 1 about six of the largest matrix in bfloat16.
+
+    Matrices that are whole on every rank (S = 1, R = W) need no way to their owner, only the broadcast back. Small
+    ones (short side up to 128: LoRA's) are not sent at all: every rank orthogonalises all of them, in batches of up to
+    64 of one shape. A short side s means about 10 s operations for each byte sent, which a GPU does before the byte
+    has arrived, and one batched product costs less than its share of 64 small ones.
+
+    Gradients of matrices that are whole on every rank must be equal there, i.e. already summed over ranks. A gradient
+    that is missing on some ranks counts as zero there; one that is missing on all leaves its parameter alone.
 
     Args:
-        parameters: matrices [m, n].
+        named_parameters: (name, matrix [m, n]) pairs, or groups of them: [{"params": pairs, "lr": ..}, ..].
         lr: learning rate, before the adjustment by shape.
-        momentum: of the exponential moving average of gradients.
+        momentum: of the exponential moving average of gradients, which is kept in the parameter's dtype.
         nesterov: look one step of momentum ahead.
         weight_decay: decoupled; each step multiplies a weight by 1 - lr * weight_decay, with the unadjusted lr.
         adjust_lr: `match_rms_adamw` multiplies lr by 0.2 sqrt(max(m, n)), so that an update's root mean square is that
             of AdamW (Liu et al. 2025, https://arxiv.org/abs/2502.16982); `original` by sqrt(max(1, m / n)).
-        steps: Newton-Schulz iterations.
+        method, steps: of the Newton-Schulz iteration, see `newton_schulz.py`.
+        qkv: how GPT-NeoX's `query_key_value.weight` is orthogonalised: `fused`, as one matrix; `split`, Q, K and V
+            each; `per-head`, each head's q, k and v each. `adjust_lr` then goes by the shape of a piece.
+        heads: attention heads, for `split` and `per-head`.
 
     Raises:
-        ValueError: a parameter is not a matrix.
+        ValueError: a parameter is not a named matrix, or lies in a way that is not supported; or there is no fused
+            matrix to split, or it does not divide into `heads`.
     """
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        named_parameters: Iterable[tuple[str, nn.Parameter]] | Iterable[dict[str, Any]],
         lr: float,
         *,
         momentum: float = 0.95,
         nesterov: bool = True,
         weight_decay: float = 0.01,
         adjust_lr: AdjustLr = "match_rms_adamw",
+        method: Method = "gram",
         steps: int = 5,
+        qkv: Qkv = "fused",
+        heads: int | None = None,
     ):
         defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
-        super().__init__(parameters, defaults | {"adjust_lr": adjust_lr, "steps": steps})
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.ndim != 2:
-                    raise ValueError(f"expected matrices for Muon; found a parameter of shape {tuple(parameter.shape)}")
-                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        defaults |= {"adjust_lr": adjust_lr, "method": method, "steps": steps, "qkv": qkv, "heads": heads}
+        super().__init__(named_parameters, defaults)  # type: ignore[arg-type]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add matrices, and their momenta, zero, so that a checkpoint can be loaded before the first step."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        _check_group(group)
+        names = [name for group in self.param_groups for name in group["param_names"]]
+        if len(set(names)) < len(names):
+            raise ValueError("expected a name of its own for each matrix; found one twice")
+        for parameter in group["params"]:
+            self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient; a closure, if given, is evaluated first."""
+        """Update every parameter that has a gradient on some rank; a closure, if given, is evaluated first.
+
+        Raises:
+            UserError: a gradient is not finite on some rank; every rank raises, before any weight has changed.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
+        small, large = _sizes(self._matrices())
+        for batch in _batches(small):
+            _update_batch(batch)
+        pipeline(run_round(layout, owned) for layout, owned in plan(large, world_size()))
         return loss
 
-    def _update(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
-        buffer = self.state[parameter]["momentum"]
-        buffer.lerp_(gradient, 1 - group["momentum"])
-        direction = gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
-        update = orthogonalize(direction, group["steps"])
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(update, alpha=-group["lr"] * lr_scale(parameter.shape, group["adjust_lr"]))
+    def _matrices(self) -> list[Matrix]:
+        """Every parameter with a gradient on some rank, once all of them are known to be finite."""
+        named = [
+            (name, parameter, group)
+            for group in self.param_groups
+            for name, parameter in zip(group["param_names"], group["params"], strict=True)
+        ]
+        if not named:
+            return []
+        present = _present_everywhere([(name, parameter.grad) for name, parameter, _ in named], named[0][1].device)
+        return [
+            Matrix(
+                name,
+                _local(parameter),
+                torch.zeros_like(_local(parameter)) if parameter.grad is None else _local(parameter.grad),
+                _local(self.state[parameter]["momentum_buffer"]),
+                (parameter.shape[0], parameter.shape[1]),
+                layout_of(name, parameter),
+                group,
+            )
+            for (name, parameter, group), found in zip(named, present, strict=True)
+            if found
+        ]
 
 
-def lr_scale(shape: torch.Size, adjust_lr: AdjustLr) -> float:
-    """What the learning rate of an [m, n] matrix is multiplied by."""
-    rows, columns = shape
-    if adjust_lr == "match_rms_adamw":
-        return 0.2 * math.sqrt(max(rows, columns))
-    return math.sqrt(max(1, rows / columns))
+def _check_group(group: dict[str, Any]) -> None:
+    """Raise unless every parameter is a named matrix, in a known layout, that can be taken apart as the group says."""
+    if "param_names" not in group:
+        raise ValueError("expected named parameters for Muon; found parameters alone: give (name, parameter) pairs")
+    named = dict(zip(group["param_names"], group["params"], strict=True))
+    for name, parameter in named.items():
+        if parameter.ndim != 2:
+            raise ValueError(f"expected matrices for Muon; found {name} of shape {tuple(parameter.shape)}")
+        layout_of(name, parameter)
+    if group["qkv"] == "fused":
+        return
+    fused = {name: parameter.shape[0] for name, parameter in named.items() if name.endswith(FUSED_QKV)}
+    if not fused:
+        raise ValueError(f"expected parameters named *{FUSED_QKV} for qkv={group['qkv']!r}; found none")
+    for name, rows in fused.items():
+        if not group["heads"] or rows % (3 * group["heads"]) != 0:
+            raise ValueError(f"expected 3 x heads to divide the {rows} rows of {name}; found heads={group['heads']}")
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _present_everywhere(gradients: Sequence[tuple[str, Tensor | None]], device: torch.device) -> list[bool]:
+    """Whether each gradient is there on some rank; `UserError`, on every rank, if one is not finite on some."""
+    flags = torch.zeros(2, len(gradients), dtype=torch.uint8, device=device)
+    for index, (_, gradient) in enumerate(gradients):
+        if gradient is not None:
+            flags[0, index] = 1
+            if _local(gradient).numel() > 0:
+                # as fast as reading it once, where isfinite writes a mask; NaN is passed on as both
+                flags[1, index] = ~torch.isfinite(torch.stack(torch.aminmax(_local(gradient)))).all()
+    if world_size() > 1:
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    present, broken = flags.tolist()
+    found = [name for (name, _), flag in zip(gradients, broken, strict=True) if flag]
+    if found:
+        raise UserError(
+            f"expected finite gradients; found NaN or infinity in that of {found[0]}"
+            + (f" and {len(found) - 1} more" if len(found) > 1 else "")
+            + ", before any weight was changed: lower the learning rates"
+        )
+    return [bool(flag) for flag in present]
+
+
+def _sizes(matrices: Iterable[Matrix]) -> tuple[list[Matrix], list[Matrix]]:
+    """The small ones, which every rank orthogonalises for itself, and the others. Not by the number of ranks."""
+    small: list[Matrix] = []
+    large: list[Matrix] = []
+    for matrix in matrices:
+        repeated = not matrix.layout.sharded and min(matrix.shape) <= SMALL_SIDE and not matrix.divided
+        (small if repeated else large).append(matrix)
+    return small, large
+
+
+def _batches(matrices: Iterable[Matrix]) -> Iterator[Sequence[Matrix]]:
+    """Matrices of one shape and one group, in batches."""
+    alike: dict[Any, list[Matrix]] = {}
+    for matrix in matrices:
+        alike.setdefault((matrix.shape, id(matrix.settings)), []).append(matrix)
+    for group in alike.values():
+        for start in range(0, len(group), BATCH):
+            yield group[start : start + BATCH]
+
+
+def _update_batch(matrices: Sequence[Matrix]) -> None:
+    """Update small matrices of one shape on every rank."""
+    first = matrices[0]
+    directions = first.weight.new_empty(len(matrices), *first.shape, dtype=torch.bfloat16)
+    for matrix, direction in zip(matrices, directions, strict=True):
+        matrix.advance(direction)
+    updates = orthogonalize(directions, first.settings["method"], first.settings["steps"])
+    for matrix, update in zip(matrices, updates, strict=True):
+        matrix.update(update)
