@@ -4,7 +4,8 @@ A parameter's *role* decides, never its size: matrices inside the blocks and LoR
 unembedding, norms and biases are AdamW's.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,9 @@ from transformers import PreTrainedModel
 
 from unlearn.errors import UserError
 from unlearn.model import blocks_prefix
+from unlearn.optim.matrix import FUSED_QKV, Qkv
 from unlearn.optim.muon import Muon
+from unlearn.optim.newton_schulz import Method
 
 BETAS, EPS = (0.9, 0.95), 1e-8
 
@@ -53,13 +56,21 @@ def build_optimizers(
     muon_lr: float | None = None,
     momentum: float | None = None,
     weight_decay: float = 0.01,
+    method: Method = "gram",
+    qkv: Qkv = "fused",
 ) -> dict[str, torch.optim.Optimizer]:
     """The optimizers of a run: {"adamw": ..} or {"muon": .., "adamw": ..}, without one that would get no parameter.
 
     Weight decay is for matrices and embeddings; norms and biases are left alone.
 
+    Args:
+        optimizer: `adamw` or `muon`.
+        adam_lr, muon_lr: peak learning rates of either.
+        momentum, method, qkv: of Muon.
+
     Raises:
-        UserError: nothing is trainable, or Muon was asked for and no matrix is.
+        UserError: nothing is trainable; or Muon was asked for and no matrix is; or Q, K and V were to be taken apart
+            and no matrix holds all three.
     """
     parts = roles(model)
     built: dict[str, torch.optim.Optimizer] = {}
@@ -68,18 +79,44 @@ def build_optimizers(
         if not parts.matrices:
             raise UserError("expected matrices inside the blocks for Muon; found none trainable: use --optimizer adamw")
         assert muon_lr is not None and momentum is not None
-        built["muon"] = Muon(parts.matrices.items(), lr=muon_lr, momentum=momentum, weight_decay=weight_decay)
+        if qkv != "fused" and not any(name.endswith(FUSED_QKV) for name in parts.matrices):
+            raise UserError(
+                f"expected trainable matrices named *{FUSED_QKV} (GPT-NeoX in full training) for --muon-qkv {qkv}; "
+                "found none: leave it out"
+            )
+        built["muon"] = Muon(
+            parts.matrices.items(),
+            lr=muon_lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            method=method,
+            qkv=qkv,
+            heads=None if qkv == "fused" else model.config.num_attention_heads,
+        )
     else:
         decayed = [*parts.matrices.values(), *decayed]
     groups = [(decayed, weight_decay), (list(parts.vectors.values()), 0.0)]
     filled = [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
     if filled:
         assert adam_lr is not None
-        fused = next(iter(filled[0]["params"])).device.type == "cuda"  # type: ignore[call-overload]
-        built["adamw"] = torch.optim.AdamW(filled, lr=adam_lr, betas=BETAS, eps=EPS, fused=fused)
+        built["adamw"] = torch.optim.AdamW(filled, lr=adam_lr, betas=BETAS, eps=EPS, fused=True)
     if not built:
         raise UserError("expected trainable parameters; found none: give --lora-rank or train in full")
     return built
+
+
+def assignment(model: PreTrainedModel, optimizers: Mapping[str, torch.optim.Optimizer]) -> list[str]:
+    """Which parameters each optimizer got: a line for each kind of parameter, the blocks' numbers as `*`."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rows: dict[tuple[str, str, str], list[nn.Parameter]] = {}
+    for optimizer, built in optimizers.items():
+        for parameter in (parameter for group in built.param_groups for parameter in group["params"]):
+            kind = re.sub(r"\.\d+\.", ".*.", names[id(parameter)])
+            rows.setdefault((optimizer, kind, str(list(parameter.shape))), []).append(parameter)
+    return [
+        f"{optimizer:6}{len(found):4} x {shape:16} {kind} ({sum(p.numel() for p in found):,} parameters)"
+        for (optimizer, kind, shape), found in rows.items()
+    ]
 
 
 def linear_schedule(steps: int, warmup_ratio: float = 0.0, decay_ratio: float | None = None) -> Schedule:

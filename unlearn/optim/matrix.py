@@ -1,6 +1,7 @@
 """One matrix of Muon in one step: what happens to it outside of communication."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,11 +9,12 @@ import torch
 from torch import Tensor
 
 from unlearn.optim.layout import Layout
-from unlearn.optim.newton_schulz import flops, orthogonalize
+from unlearn.optim.newton_schulz import flops
 
 AdjustLr = Literal["match_rms_adamw", "original"]
 Qkv = Literal["fused", "split", "per-head"]
 
+BLOCK = 1 << 16  # elements
 FUSED_QKV = "query_key_value.weight"  # GPT-NeoX: [heads * 3 * head size, hidden], per head the rows of q, of k, of v
 
 
@@ -53,36 +55,28 @@ class Matrix:
         """Step the momentum, and write this rank's rows of what is to be orthogonalised into `direction`, bfloat16
         [rows, n] or flat, if this rank is to send or keep them."""
         beta = self.settings["momentum"]
-        self.momentum.lerp_(self.gradient, 1 - beta)
-        if direction is None:
-            return
-        out = direction.view(self.gradient.shape)
-        if self.settings["nesterov"]:
-            torch.lerp(self.gradient, self.momentum, beta, out=out)
-        else:
-            out.copy_(self.momentum)
-
-    def orthogonalize(self, whole: Tensor) -> Tensor:
-        """bfloat16 [m, n] -> bfloat16 [m, n], contiguous; in pieces where Q, K and V are taken apart."""
-        method, steps = self.settings["method"], self.settings["steps"]
-        pieces = self._split(whole)
-        del whole
-        if pieces.ndim == 2:
-            return orthogonalize(pieces, method, steps).contiguous()
-        return self._join(orthogonalize(pieces, method, steps))
+        kept = self.momentum if direction is None else direction.view(self.momentum.shape)
+        for gradient, momentum, out in _blocks(self.gradient, self.momentum, kept):
+            momentum.lerp_(gradient, 1 - beta)
+            if direction is None:
+                continue
+            if self.settings["nesterov"]:
+                torch.lerp(gradient, momentum, beta, out=out)
+            else:
+                out.copy_(momentum)
 
     def update(self, rows: Tensor) -> None:
         """Decay this rank's rows of the weight, then move them against `rows`, bfloat16 [rows, n] or flat."""
         lr, decay = self.settings["lr"], self.settings["weight_decay"]
         alpha = -lr * lr_scale(self._pieces[1:], self.settings["adjust_lr"])
-        rows = rows.view(self.weight.shape)
-        self.weight.mul_(1 - lr * decay)
-        if self.weight.dtype in (torch.bfloat16, torch.float16):
-            # The kernel for these dtypes rounds once in its vectors and twice in the elements left over at the end,
-            # which are others on each number of ranks.
-            self.weight.copy_(self.weight.float().add_(rows, alpha=alpha))
-        else:
-            self.weight.add_(rows, alpha=alpha)
+        for weight, step in _blocks(self.weight, rows.view(self.weight.shape)):
+            weight.mul_(1 - lr * decay)
+            if weight.dtype in (torch.bfloat16, torch.float16):
+                # The kernel for these dtypes rounds once in its vectors and twice in the elements left over at the
+                # end, which are others on each number of ranks.
+                weight.copy_(weight.float().add_(step, alpha=alpha))
+            else:
+                weight.add_(step, alpha=alpha)
 
     @property
     def _pieces(self) -> tuple[int, int, int]:
@@ -93,22 +87,29 @@ class Matrix:
         count = 3 if qkv == "split" else 3 * self.settings["heads"]
         return count, m // count, n
 
-    def _split(self, whole: Tensor) -> Tensor:
-        """[m, n] -> [count, m / count, n], or unchanged."""
+    def split(self, whole: Tensor) -> Tensor:
+        """Flat [m n] -> what is orthogonalised: [m, n], or [pieces, m / pieces, n]."""
         count, rows, n = self._pieces
         if count == 1:
-            return whole
+            return whole.view(rows, n)
         if self.settings["qkv"] == "per-head":
             return whole.view(count, rows, n)
         heads = self.settings["heads"]
         return whole.view(heads, 3, rows // heads, n).transpose(0, 1).reshape(count, rows, n)
 
-    def _join(self, pieces: Tensor) -> Tensor:
-        """The inverse of `_split`, contiguous."""
-        if self.settings["qkv"] == "split":
+    def join(self, pieces: Tensor) -> Tensor:
+        """The inverse of `split`, contiguous."""
+        if self.divided and self.settings["qkv"] == "split":
             heads, (count, rows, n) = self.settings["heads"], pieces.shape
             pieces = pieces.reshape(count, heads, rows // heads, n).transpose(0, 1)
-        return pieces.reshape(self.shape)
+        return pieces.reshape(-1)
+
+
+def _blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Tensors of one shape, on a CPU in parts that stay in its cache from one operation to the next."""
+    if tensors[0].device.type != "cpu" or not all(tensor.is_contiguous() for tensor in tensors):
+        return [tensors]
+    return zip(*(tensor.view(-1).split(BLOCK) for tensor in tensors), strict=True)
 
 
 def lr_scale(shape: tuple[int, ...], adjust_lr: AdjustLr) -> float:

@@ -78,9 +78,9 @@ class Muon(torch.optim.Optimizer):
         qkv: Qkv = "fused",
         heads: int | None = None,
     ):
-        defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
+        defaults: dict[str, Any] = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
         defaults |= {"adjust_lr": adjust_lr, "method": method, "steps": steps, "qkv": qkv, "heads": heads}
-        super().__init__(named_parameters, defaults)  # type: ignore[arg-type]
+        super().__init__(named_parameters, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add matrices, and their momenta, zero, so that a checkpoint can be loaded before the first step."""
@@ -165,20 +165,33 @@ def _present_everywhere(gradients: Sequence[tuple[str, Tensor | None]], device: 
     for index, (_, gradient) in enumerate(gradients):
         if gradient is not None:
             flags[0, index] = 1
-            if _local(gradient).numel() > 0:
-                # as fast as reading it once, where isfinite writes a mask; NaN is passed on as both
-                flags[1, index] = ~torch.isfinite(torch.stack(torch.aminmax(_local(gradient)))).all()
-    if world_size() > 1:
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-    present, broken = flags.tolist()
-    found = [name for (name, _), flag in zip(gradients, broken, strict=True) if flag]
+            flags[1, index] = ~torch.isfinite(_local(gradient).sum())  # one pass that only reads
+    present, doubtful = _greatest(flags).tolist()
+    if any(doubtful):
+        _raise_unless_finite([pair for pair, flag in zip(gradients, doubtful, strict=True) if flag], device)
+    return [bool(flag) for flag in present]
+
+
+def _raise_unless_finite(doubtful: Sequence[tuple[str, Tensor | None]], device: torch.device) -> None:
+    """Look at each element: a sum of finite numbers may have overflowed."""
+    flags = torch.zeros(len(doubtful), dtype=torch.uint8, device=device)
+    for index, (_, gradient) in enumerate(doubtful):
+        if gradient is not None:
+            flags[index] = ~torch.isfinite(_local(gradient)).all()
+    found = [name for (name, _), flag in zip(doubtful, _greatest(flags).tolist(), strict=True) if flag]
     if found:
         raise UserError(
             f"expected finite gradients; found NaN or infinity in that of {found[0]}"
             + (f" and {len(found) - 1} more" if len(found) > 1 else "")
             + ", before any weight was changed: lower the learning rates"
         )
-    return [bool(flag) for flag in present]
+
+
+def _greatest(flags: Tensor) -> Tensor:
+    """The elementwise maximum over all ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return flags
 
 
 def _sizes(matrices: Iterable[Matrix]) -> tuple[list[Matrix], list[Matrix]]:

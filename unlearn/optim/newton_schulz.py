@@ -126,9 +126,8 @@ def flops(
 def _normalized_as_torch(matrix: Tensor, tall: bool, dtype: torch.dtype) -> Tensor:
     """Wide view of a copy with Frobenius norm at most 1, with torch's operations: the transpose stays a view, the norm
     is rounded to `dtype` and bounded by 1e-7."""
-    x = matrix.to(dtype, copy=True)
-    x = x.mT if tall else x
-    return x.div_(x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7))
+    x = (matrix.mT if tall else matrix).to(dtype)
+    return x.div(x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7))
 
 
 def _normalized(matrix: Tensor, tall: bool, dtype: torch.dtype) -> Tensor:
@@ -165,6 +164,7 @@ def _iterate_gram(x: Tensor, parts: Sequence[Sequence[Coefficients]], symmetric:
                 r = _product(r, z, add=r, beta=a, symmetric=symmetric)
                 r = _product(z, r, add=r, beta=a, symmetric=symmetric)
         assert p is not None
+        del r, z
         x = _product(p, x, add=x, beta=q)
     return x
 

@@ -1,6 +1,6 @@
 """Rounds: in each, every rank owns at most one matrix, which it receives, orthogonalises and gives back."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, repeat
 from typing import Any
 
@@ -10,14 +10,17 @@ from torch import Tensor
 
 from unlearn.optim.layout import Layout, assign
 from unlearn.optim.matrix import Matrix
+from unlearn.optim.newton_schulz import orthogonalize
 
 Place = tuple[int, int]  # (replica, shard)
 
 
 def plan(matrices: Sequence[Matrix], ranks: int) -> list[tuple[Layout, dict[Place, Matrix]]]:
-    """Rounds of at most one matrix for each rank, dearest first: what `run_round` takes, the same on every rank.
+    """Rounds of at most one matrix for each rank: what `run_round` takes, the same on every rank.
 
-    Owners are found over all matrices at once, whatever their layouts; a round has matrices of one layout.
+    Owners are found over all matrices at once, whatever their layouts. A round has matrices of one layout, and of one
+    size as far as there are. Rounds of small matrices come between those of large ones: three are in flight at once,
+    and their memory adds up.
     """
     named = {matrix.name: matrix for matrix in matrices}
     queues: dict[Layout, dict[int, list[Matrix]]] = {}
@@ -26,9 +29,15 @@ def plan(matrices: Sequence[Matrix], ranks: int) -> list[tuple[Layout, dict[Plac
     rounds = []
     for layout, owned in queues.items():
         places = {at: (r, s) for r, replica in enumerate(layout.places) for s, at in enumerate(replica)}
-        for index in range(max(map(len, owned.values()))):
+        for index in _mixed(max(map(len, owned.values()))):
             rounds.append((layout, {places[at]: queue[index] for at, queue in owned.items() if index < len(queue)}))
     return rounds
+
+
+def _mixed(count: int) -> list[int]:
+    """0 .. count - 1, two from the front for each one from the back: 0, 1, count - 1, 2, 3, count - 2, .."""
+    front, back = iter(range(count)), iter(reversed(range(count)))
+    return [next(back if index % 3 == 2 else front) for index in range(count)]
 
 
 def pipeline(rounds: Iterable[Iterator[None]]) -> None:
@@ -55,26 +64,12 @@ def run_round(layout: Layout, owned: Mapping[Place, Matrix]) -> Iterator[None]:
     own = replica[layout.shard]
     sizes = [0 if matrix is None else matrix.elements(layout.shard) for matrix in replica]
     parts = [0 if own is None else own.elements(shard) for shard in range(layout.shards)]
-    held = [_directions(layout, owned, sizes)]
-    if layout.shard_group is not None:
-        work, whole = _exchange(held[0], sizes, parts, layout.shard_group)
-        yield
-        work.wait()
-        held[0] = whole
-        del whole, work
-    if own is not None:
-        held.append(own.orthogonalize(held.pop().view(own.shape)).flatten())  # popped: its memory is free to use
-    if layout.shard_group is not None:
-        work, shards = _exchange(held[0], parts, sizes, layout.shard_group)
-        yield
-        work.wait()
-        held[0] = shards
-        del shards, work
-    mine = [matrix for matrix in replica if matrix is not None]
+    whole = _exchange(_directions(layout, owned, sizes), sizes, parts, layout.shard_group)
+    updates = yield from _exchange(_orthogonalize(own, (yield from whole)), parts, sizes, layout.shard_group)
     if layout.replica_group is None:
-        _update(mine, layout, held.pop())
+        _update([matrix for matrix in replica if matrix is not None], layout, updates)
         return
-    passing = _broadcasts(layout, owned, held.pop())
+    passing = _broadcasts(layout, owned, updates)
     yield
     for work, matrices, updates in passing:
         work.wait()
@@ -91,10 +86,24 @@ def _directions(layout: Layout, owned: Mapping[Place, Matrix], sizes: Sequence[i
     return directions
 
 
-def _exchange(sent: Tensor, sizes: list[int], received: list[int], group: Any) -> tuple[Any, Tensor]:
-    """Start an uneven all-to-all."""
+def _exchange(sent: Tensor, sizes: list[int], received: list[int], group: Any) -> Generator[None, None, Tensor]:
+    """An uneven all-to-all: start it, let other rounds go on, return what arrived. Without a group, what was sent."""
+    if group is None:
+        return sent
     buffer = sent.new_empty(sum(received))
-    return dist.all_to_all_single(buffer, sent, received, sizes, group=group, async_op=True), buffer
+    work = dist.all_to_all_single(buffer, sent, received, sizes, group=group, async_op=True)
+    yield
+    work.wait()
+    return buffer
+
+
+def _orthogonalize(own: Matrix | None, whole: Tensor) -> Tensor:
+    """Orthogonalise this rank's matrix of the round, flat, if it has one."""
+    if own is None:
+        return whole
+    pieces = [own.split(whole)]
+    del whole  # and popped below: no reference is left here, and its memory serves the iteration
+    return own.join(orthogonalize(pieces.pop(), own.settings["method"], own.settings["steps"]))
 
 
 def _broadcasts(layout: Layout, owned: Mapping[Place, Matrix], mine: Tensor) -> list[tuple[Any, list[Matrix], Tensor]]:
