@@ -71,12 +71,7 @@ class Matrix:
         alpha = -lr * lr_scale(self._pieces[1:], self.settings["adjust_lr"])
         for weight, step in _blocks(self.weight, rows.view(self.weight.shape)):
             weight.mul_(1 - lr * decay)
-            if weight.dtype in (torch.bfloat16, torch.float16):
-                # The kernel for these dtypes rounds once in its vectors and twice in the elements left over at the
-                # end, which are others on each number of ranks.
-                weight.copy_(weight.float().add_(step, alpha=alpha))
-            else:
-                weight.add_(step, alpha=alpha)
+            _add(weight, step, alpha)
 
     @property
     def _pieces(self) -> tuple[int, int, int]:
@@ -103,6 +98,19 @@ class Matrix:
             heads, (count, rows, n) = self.settings["heads"], pieces.shape
             pieces = pieces.reshape(count, heads, rows // heads, n).transpose(0, 1)
         return pieces.reshape(-1)
+
+
+def _add(weight: Tensor, step: Tensor, alpha: float) -> None:
+    """weight += alpha step, each element by the same arithmetic wherever it lies in its shard.
+
+    On a CPU and below float32, torch rounds alpha first, then rounds once within its vectors of elements, but twice in
+    those left over at the end, which are others on each number of ranks.
+    """
+    if weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16):
+        rounded = torch.tensor(alpha, dtype=weight.dtype).item()
+        weight.copy_(weight.float().add_(step, alpha=rounded))
+    else:
+        weight.add_(step, alpha=alpha)
 
 
 def _blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:

@@ -3,7 +3,7 @@
 Shapes: matrices are [m, n] or [batch, m, n]; s is the shorter and l the longer of m and n. Every method repeats
 X <- p(X) = a X + b (X X^T) X + c (X X^T)^2 X, which moves each singular value to p of it and leaves U and V alone.
 
-- `quintic`: the coefficients, the operations and their order of `torch.optim.Muon`: equal to it to the bit.
+- `quintic`: the coefficients, the operations and their order of `torch.optim.Muon`: in bfloat16, equal to the bit.
 - `polar-express`: for the same work, coefficients that come nearer to 1.
 - `gram`: the same polynomials as `polar-express`, computed on the s x s Gram matrix where that is less work.
 
@@ -81,10 +81,8 @@ def orthogonalize(
             f"{matrix.ndim}"
         )
     tall = matrix.shape[-2] > matrix.shape[-1]
-    if method == "quintic":
-        x = _normalized_as_torch(matrix, tall, dtype)
-    else:
-        x = _normalized(matrix, tall, dtype)
+    as_torch = method == "quintic" and dtype == torch.bfloat16
+    x = _normalized_as_torch(matrix, tall) if as_torch else _normalized(matrix, tall, dtype)
     del matrix  # where the caller keeps no reference, its memory serves the iteration
     if method == "gram" and x.shape[-1] >= GRAM_ASPECT * x.shape[-2]:
         x = _iterate_gram(x, segments(steps, dtype), symmetric)
@@ -123,10 +121,10 @@ def flops(
     return sum(4 * s * s * long + (8 * length - 6) * s**3 for length in lengths)
 
 
-def _normalized_as_torch(matrix: Tensor, tall: bool, dtype: torch.dtype) -> Tensor:
-    """Wide view of a copy with Frobenius norm at most 1, with torch's operations: the transpose stays a view, the norm
-    is rounded to `dtype` and bounded by 1e-7."""
-    x = (matrix.mT if tall else matrix).to(dtype)
+def _normalized_as_torch(matrix: Tensor, tall: bool) -> Tensor:
+    """Wide view of a copy with Frobenius norm at most 1, with torch's operations: the transpose stays a view, whose
+    products may have other bits than those of a copy; the norm is rounded to bfloat16 and bounded by 1e-7."""
+    x = (matrix.mT if tall else matrix).to(torch.bfloat16)
     return x.div(x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7))
 
 
@@ -149,23 +147,23 @@ def _iterate(x: Tensor, table: Sequence[Coefficients], symmetric: bool) -> Tenso
 
 def _iterate_gram(x: Tensor, parts: Sequence[Sequence[Coefficients]], symmetric: bool) -> Tensor:
     """The same on R = X X^T: with Z = b R + c R^2, Q <- Q (a I + Z) and R <- (a I + Z) R (a I + Z); X <- Q X at the end
-    of each part.
-
-    Q is kept as q I + P: added to the diagonal, the large q would cost P its low bits.
-    """
+    of each part."""
     for part in parts:
         r = _product(x, x.mT, symmetric=symmetric)
-        q, p = 1.0, None
+        q = None
         for index, (a, b, c) in enumerate(part):
             z = _product(r, r, add=r, beta=b, alpha=c, symmetric=symmetric)
-            p = z if p is None else _product(p, z, add=p, beta=a, symmetric=symmetric).add_(z, alpha=q)
-            q *= a
             if index + 1 < len(part):
                 r = _product(r, z, add=r, beta=a, symmetric=symmetric)
                 r = _product(z, r, add=r, beta=a, symmetric=symmetric)
-        assert p is not None
+            if q is None:
+                z.diagonal(dim1=-2, dim2=-1).add_(a)
+                q = z
+            else:
+                q = _product(q, z, add=q, beta=a, symmetric=symmetric)
+        assert q is not None
         del r, z
-        x = _product(p, x, add=x, beta=q)
+        x = q @ x
     return x
 
 

@@ -107,7 +107,7 @@ def _orthogonalize(own: Matrix | None, whole: Tensor) -> Tensor:
 
 
 def _broadcasts(layout: Layout, owned: Mapping[Place, Matrix], mine: Tensor) -> list[tuple[Any, list[Matrix], Tensor]]:
-    """Start passing each replica's updates of this shard on to the other replicas: (work, matrices, updates) of each."""
+    """Start passing each replica's updates of this shard on to the others: (work, matrices, updates) of each."""
     started = []
     for replica in range(layout.replicas):
         matrices = [owned[replica, shard] for shard in range(layout.shards) if (replica, shard) in owned]

@@ -139,9 +139,9 @@ def world_optimizers(model: GPTNeoXForCausalLM, recipe: Recipe) -> dict[str, tor
     """Muon for the matrices inside the blocks, AdamW for the rest."""
     parts = roles(model)
     rest = [*parts.embeddings.values(), *parts.vectors.values()]
-    matrices = list(parts.matrices.values())
+    matrices = parts.matrices.items()
     return {
-        "muon": Muon(matrices, lr=recipe.muon_lr, weight_decay=0.0, adjust_lr="original"),
+        "muon": Muon(matrices, lr=recipe.muon_lr, weight_decay=0.0, adjust_lr="original", method="quintic"),
         "adamw": torch.optim.AdamW(rest, lr=recipe.adam_lr, betas=BETAS, eps=EPS, weight_decay=0.0),
     }
 
