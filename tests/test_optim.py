@@ -1,17 +1,40 @@
 """Optimizers against torch's own, roles, and schedules."""
 
+import copy
+import math
+
 import pytest
 import torch
 from conftest import tiny_model
-from torch import nn
+from torch import Tensor, nn
+from torch.optim._muon import _adjust_lr as torch_adjust_lr
+from torch.optim._muon import _zeropower_via_newtonschulz as torch_newton_schulz
 
 from unlearn.errors import UserError
 from unlearn.lora import add_lora
-from unlearn.optim.build import build_optimizers, linear_schedule, roles, set_learning_rates
+from unlearn.optim.build import assignment, build_optimizers, linear_schedule, roles, set_learning_rates
+from unlearn.optim.layout import assign, balance
 from unlearn.optim.muon import Muon
-from unlearn.optim.newton_schulz import orthogonalize
+from unlearn.optim.newton_schulz import flops, orthogonalize
 
-SHAPES = [(16, 16), (48, 16), (16, 48), (5, 7), (1, 9)]
+# odd, one row, one column, small (batched: short side up to 128, several of a shape) and large
+SHAPES = [(16, 16), (48, 16), (16, 48), (5, 7), (1, 9), (16, 48), (140, 192), (131, 300), (300, 131)]
+
+
+def named(parameters: list[nn.Parameter]) -> list[tuple[str, nn.Parameter]]:
+    return [(f"p{index}", parameter) for index, parameter in enumerate(parameters)]
+
+
+def torch_step(
+    weight: Tensor, gradient: Tensor, momentum: Tensor, nesterov: bool, lr: float, beta: float, decay: float, scale: str
+) -> None:
+    """One step of torch.optim.Muon, by its own functions; but in bfloat16 without Nesterov it would divide the momentum
+    by its norm in place, and add a transposed update to a tall weight, rounding twice."""
+    momentum.lerp_(gradient, 1 - beta)
+    direction = gradient.lerp(momentum, beta) if nesterov else momentum.clone()
+    update = torch_newton_schulz(direction, (3.4445, -4.7750, 2.0315), 5, 1e-7)
+    weight.mul_(1 - lr * decay)
+    weight.add_(update.contiguous(), alpha=-torch_adjust_lr(lr, scale, weight.shape))
 
 
 @pytest.mark.parametrize("adjust_lr", ["match_rms_adamw", "original"])
@@ -21,32 +44,129 @@ def test_muon_equals_torch_to_the_bit(nesterov: bool, adjust_lr: str) -> None:
     weights = [torch.randn(shape, generator=generator) for shape in SHAPES]
     ours, theirs = ([nn.Parameter(weight.clone()) for weight in weights] for _ in range(2))
     settings = {"lr": 0.02, "momentum": 0.9, "nesterov": nesterov, "weight_decay": 0.1}
-    mine = Muon(ours, adjust_lr=adjust_lr, **settings)
+    mine = Muon(named(ours), adjust_lr=adjust_lr, method="quintic", **settings)
     reference = torch.optim.Muon(theirs, adjust_lr_fn=adjust_lr, **settings)
-    for _ in range(5):
-        for a, b in zip(ours, theirs, strict=True):
-            a.grad = torch.randn(a.shape, generator=generator)
+    for step in range(5):
+        for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            scale = (1.0, 1e-12, 0.0)[index % 3] if step == 2 else 1.0
+            a.grad = scale * torch.randn(a.shape, generator=generator)
             b.grad = a.grad.clone()
         mine.step()
         reference.step()
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_singular_values_come_near_one(shape: tuple[int, int]) -> None:
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    values = torch.linalg.svdvals(orthogonalize(matrix).float())
-    assert 0.4 < values.min() and values.max() < 1.35
-    assert torch.equal(orthogonalize(torch.zeros(shape)), torch.zeros(shape, dtype=torch.bfloat16))
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_equals_torch_to_the_bit_in_bfloat16(nesterov: bool) -> None:
+    """But for what torch rounds twice: the elements after the last whole vector of 64, and all of a tall matrix, whose
+    update it leaves transposed."""
+    generator = torch.Generator().manual_seed(0)
+    for shape in SHAPES:
+        weight = nn.Parameter(torch.randn(shape, generator=generator).bfloat16())
+        twin, momentum = weight.detach().clone(), torch.zeros(shape, dtype=torch.bfloat16)
+        mine = Muon([("w", weight)], lr=0.02, momentum=0.9, nesterov=nesterov, weight_decay=0.1, method="quintic")
+        whole = weight.numel() // 64 * 64
+        for _ in range(5):
+            weight.grad = torch.randn(shape, generator=generator).bfloat16()
+            torch_step(twin, weight.grad, momentum, nesterov, 0.02, 0.9, 0.1, "match_rms_adamw")
+            mine.step()
+            assert torch.equal(weight.detach().flatten()[:whole], twin.flatten()[:whole]), shape
+            assert torch.equal(mine.state[weight]["momentum_buffer"], momentum)
+            torch.testing.assert_close(weight.detach(), twin, rtol=2**-7, atol=2**-9)
+            twin.copy_(weight.detach())  # the few others may not grow apart
 
 
-def test_muon_leaves_parameters_without_gradient_and_refuses_vectors() -> None:
+def test_torchs_state_continues_in_muon() -> None:
+    """The names in the state are torch.optim.Muon's."""
+    generator = torch.Generator().manual_seed(0)
+    theirs = nn.Parameter(torch.randn(6, 9, generator=generator))
+    reference = torch.optim.Muon([theirs], lr=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(2):
+        theirs.grad = torch.randn(6, 9, generator=generator)
+        reference.step()
+    ours = nn.Parameter(theirs.detach().clone())
+    mine = Muon([("w", ours)], lr=0.1, weight_decay=0.1, method="quintic")
+    mine.load_state_dict({"state": reference.state_dict()["state"], "param_groups": mine.state_dict()["param_groups"]})
+    ours.grad = theirs.grad
+    mine.step()
+    reference.step()
+    assert torch.equal(ours, theirs)
+
+
+def test_muon_leaves_parameters_without_gradient() -> None:
     parameters = [nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3, 4))]
     parameters[0].grad = torch.ones(3, 4)
-    Muon(parameters, lr=0.1).step()
+    mine = Muon(named(parameters), lr=0.1)
+    assert all("momentum_buffer" in mine.state[parameter] for parameter in parameters)
+    mine.step()
     assert torch.equal(parameters[1], torch.ones(3, 4)) and not torch.equal(parameters[0], parameters[1])
-    with pytest.raises(ValueError, match=r"found a parameter of shape \(4,\)"):
-        Muon([nn.Parameter(torch.ones(4))], lr=0.1)
+    assert mine.step(lambda: torch.tensor(3.0)) == 3.0
+    Muon(named(parameters[1:]), lr=0.1).step()  # no gradient at all
+
+
+def test_what_muon_refuses() -> None:
+    wide = nn.Parameter(torch.ones(24, 4))
+    refused = [
+        ([("w", nn.Parameter(torch.ones(4)))], {}, r"found w of shape \(4,\)"),
+        ([wide], {}, "found parameters alone"),
+        ([{"params": [("w", wide)]}, {"params": [("w", nn.Parameter(torch.ones(2, 2)))]}], {}, "found one twice"),
+        ([("w", wide)], {"qkv": "split", "heads": 2}, r"named \*query_key_value.weight .*found none"),
+        ([("query_key_value.weight", wide)], {"qkv": "per-head", "heads": 3}, "divide the 24 rows .*found heads=3"),
+        ([("query_key_value.weight", wide)], {"qkv": "split"}, "found heads=None"),
+    ]
+    for parameters, settings, message in refused:
+        with pytest.raises(ValueError, match=message):
+            Muon(parameters, lr=0.1, **settings)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(value: float) -> None:
+    parameters = [nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3, 4))]
+    mine = Muon(named(parameters), lr=0.1)
+    for parameter in parameters:
+        parameter.grad = torch.full((3, 4), 1e38)  # finite, though their sum is not
+    mine.step()
+    before = [parameter.detach().clone() for parameter in parameters]
+    state = copy.deepcopy(mine.state_dict()["state"])
+    parameters[1].grad[2, 3] = value
+    with pytest.raises(UserError, match="in that of p1, before any weight"):
+        mine.step()
+    assert all(torch.equal(a, b) for a, b in zip(parameters, before, strict=True))
+    assert all(
+        torch.equal(mine.state_dict()["state"][i]["momentum_buffer"], state[i]["momentum_buffer"]) for i in (0, 1)
+    )
+
+
+@pytest.mark.parametrize("method", ["quintic", "gram"])
+def test_qkv_apart_equals_by_hand(method: str) -> None:
+    """GPT-NeoX keeps, head by head, the rows of its q, its k and its v."""
+    heads, size, width = 2, 5, 17
+    gradient = torch.randn(heads * 3 * size, width, generator=torch.Generator().manual_seed(0))
+    rows = torch.arange(heads * 3 * size)
+    whose = {
+        "split": rows // size % 3,  # 0: q, 1: k, 2: v
+        "per-head": rows // size,
+        "fused": torch.zeros_like(rows),
+    }
+    for qkv, pieces in whose.items():
+        weight = nn.Parameter(torch.zeros_like(gradient))
+        weight.grad = gradient.clone()
+        pair = ("layers.0.attention.query_key_value.weight", weight)
+        Muon([pair], lr=1.0, momentum=0.0, weight_decay=0.0, method=method, qkv=qkv, heads=heads).step()
+        for piece in pieces.unique():
+            part = gradient[pieces == piece]
+            by_hand = -0.2 * math.sqrt(max(part.shape)) * orthogonalize(part.bfloat16(), method).float()
+            torch.testing.assert_close(weight.detach()[pieces == piece], by_hand, rtol=1e-6, atol=0)
+
+
+def test_owners_by_longest_processing_time() -> None:
+    costs = {"a": 3.0, "b": 3.0, "c": 2.0, "d": 2.0, "e": 2.0}
+    assert assign(costs, 2) == {"a": 0, "b": 1, "c": 0, "d": 1, "e": 0}
+    assert assign(dict(reversed(costs.items())), 2) == assign(costs, 2)
+    assert balance(costs, 2) == pytest.approx(6 / 7) and balance({"a": 1.0}, 4) == 0.25
+    block = {"qkv": (12288, 4096), "dense": (4096, 4096), "up": (16384, 4096), "down": (4096, 16384)}
+    model = {f"{i}.{name}": float(flops(*shape, "quintic")) for i in range(32) for name, shape in block.items()}
+    assert [round(balance(model, ranks), 2) for ranks in (4, 8, 16, 24, 32, 64)] == [1.0, 1.0, 1.0, 0.98, 1.0, 0.88]
 
 
 def test_roles_of_full_training() -> None:
@@ -69,6 +189,20 @@ def test_roles_of_lora() -> None:
     built = build_optimizers(model, optimizer="muon", adam_lr=None, muon_lr=1e-2, momentum=0.9)
     assert set(built) == {"muon"} and len(built["muon"].param_groups[0]["params"]) == 32
     assert set(build_optimizers(model, optimizer="adamw", adam_lr=1e-3)) == {"adamw"}
+
+
+def test_who_got_what() -> None:
+    model = tiny_model()
+    built = build_optimizers(model, optimizer="muon", adam_lr=1e-3, muon_lr=1e-2, momentum=0.9, qkv="per-head")
+    table = assignment(model, built)
+    assert (
+        "muon     4 x [96, 32]         gpt_neox.layers.*.attention.query_key_value.weight (12,288 parameters)" in table
+    )
+    assert "adamw    1 x [301, 32]        lm_head.weight (9,632 parameters)" in table
+    assert sum(int(line.split()[1]) for line in table) == len(list(model.parameters()))
+    assert {(g["qkv"], g["heads"]) for g in built["muon"].param_groups} == {("per-head", 4)}
+    with pytest.raises(UserError, match="for --muon-qkv split; found none"):
+        build_optimizers(tiny_model("llama"), optimizer="muon", adam_lr=1e-3, muon_lr=1e-2, momentum=0.9, qkv="split")
 
 
 def test_nothing_eligible_is_an_error() -> None:

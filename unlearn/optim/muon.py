@@ -16,6 +16,7 @@ from unlearn.optim.newton_schulz import Method, orthogonalize
 from unlearn.optim.rounds import pipeline, plan, run_round
 
 SMALL_SIDE, BATCH = 128, 64
+BLOCK_ASPECT = 4  # no weight of a transformer block is longer for its width than this; adapters are
 
 
 class Muon(torch.optim.Optimizer):
@@ -39,9 +40,10 @@ class Muon(torch.optim.Optimizer):
        Peak memory above weights, gradients and momenta: with R = 1 about six of the largest matrix in bfloat16.
 
     Matrices that are whole on every rank (S = 1, R = W) need no way to their owner, only the broadcast back. Small
-    ones (short side up to 128: LoRA's) are not sent at all: every rank orthogonalises all of them, in batches of up to
-    64 of one shape. A short side s means about 10 s operations for each byte sent, which a GPU does before the byte
-    has arrived, and one batched product costs less than its share of 64 small ones.
+    ones (LoRA's: short side up to 128, the other more than four times as long) are not sent at all: every rank
+    orthogonalises all of them, in batches of up to 64 of one shape. A short side s means about 10 s operations for each
+    byte sent, which a GPU does before the byte has arrived, and one batched product costs less than its share of 64
+    small ones. With `quintic`, whose bits a batch would change, they have owners like all others.
 
     Gradients of matrices that are whole on every rank must be equal there, i.e. already summed over ranks. A gradient
     that is missing on some ranks counts as zero there; one that is missing on all leaves its parameter alone.
@@ -195,11 +197,17 @@ def _greatest(flags: Tensor) -> Tensor:
 
 
 def _sizes(matrices: Iterable[Matrix]) -> tuple[list[Matrix], list[Matrix]]:
-    """The small ones, which every rank orthogonalises for itself, and the others. Not by the number of ranks."""
+    """The small ones, which every rank orthogonalises for itself, and the others. Not by the number of ranks.
+
+    A batched product may round otherwise than a single one: `quintic` keeps torch's bits, and the matrices of a small
+    model keep those that they have when they are sharded.
+    """
     small: list[Matrix] = []
     large: list[Matrix] = []
     for matrix in matrices:
-        repeated = not matrix.layout.sharded and min(matrix.shape) <= SMALL_SIDE and not matrix.divided
+        short, long = sorted(matrix.shape)
+        thin = short <= SMALL_SIDE and long > BLOCK_ASPECT * short
+        repeated = thin and not matrix.layout.sharded and matrix.settings["method"] != "quintic"
         (small if repeated else large).append(matrix)
     return small, large
 
@@ -220,6 +228,6 @@ def _update_batch(matrices: Sequence[Matrix]) -> None:
     directions = first.weight.new_empty(len(matrices), *first.shape, dtype=torch.bfloat16)
     for matrix, direction in zip(matrices, directions, strict=True):
         matrix.advance(direction)
-    updates = orthogonalize(directions, first.settings["method"], first.settings["steps"])
+    updates = orthogonalize(directions, first.settings["method"], first.settings["steps"]).contiguous()
     for matrix, update in zip(matrices, updates, strict=True):
         matrix.update(update)

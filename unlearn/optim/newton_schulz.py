@@ -70,7 +70,7 @@ def orthogonalize(
 
     Returns:
         [m, n] or [batch, m, n] in `dtype`, with singular values near 1. Tall matrices may come back as a transposed
-        view. A batch gives each matrix what it gets alone, up to the rounding of the product kernels.
+        view. A batch gives each matrix what it gets alone, up to the rounding of batched products.
 
     Raises:
         ValueError: an unknown method, fewer than one step, or another number of dimensions.
