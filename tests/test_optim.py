@@ -86,7 +86,9 @@ def test_torchs_state_continues_in_muon() -> None:
         reference.step()
     ours = nn.Parameter(theirs.detach().clone())
     mine = Muon([("w", ours)], lr=0.1, weight_decay=0.1, method="quintic")
-    mine.load_state_dict({"state": reference.state_dict()["state"], "param_groups": mine.state_dict()["param_groups"]})
+    mine.load_state_dict(
+        {"state": copy.deepcopy(reference.state_dict()["state"]), "param_groups": mine.state_dict()["param_groups"]}
+    )
     ours.grad = theirs.grad
     mine.step()
     reference.step()
