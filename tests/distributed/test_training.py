@@ -22,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("token_cache")
 MODES = {
     "lora-adamw": {"lora_rank": 3, "lora_dropout": 0.1, "adam_lr": 1e-2},
     "full-muon": {"optimizer": "muon", "muon_lr": 1e-3, "adam_lr": 1e-3},
+    "lora-muon": {"lora_rank": 3, "lora_dropout": 0.1, "optimizer": "muon", "muon_lr": 1e-3},
     # no retain gradient at step 0: blocks above layer 2 and the head then have no gradient, on any number of ranks
     "late-retain": {"adam_lr": 1e-3, "weight_decay": 0.1, "retain_start": 0.0, "layers": (1, 2)},
     "sampled-kl": {"lora_rank": 3, "forget_loss": "sampled", "retain_loss": "kl", "adam_lr": 1e-2},
@@ -76,7 +77,7 @@ def test_ranks_shards_and_accumulation_change_nothing(home: Path, mode: str) -> 
                 assert line.keys() == other.keys()
                 # step 0 differs by the order of float32 sums alone; later steps also by what the optimizer made of
                 # that, and Muon rounds its products to bfloat16 (4e-3)
-                tolerance = 1e-5 if line["step"] == 0 else 2e-3 if mode == "full-muon" else 2e-4
+                tolerance = 1e-5 if line["step"] == 0 else 2e-3 if "muon" in mode else 2e-4
                 for key in line.keys() - {"tokens_per_second"}:
                     expected = pytest.approx(line[key], rel=tolerance, abs=1e-6)
                     assert other[key] == expected, (world_size, flags, line["step"], key)
@@ -84,7 +85,8 @@ def test_ranks_shards_and_accumulation_change_nothing(home: Path, mode: str) -> 
                 # Adam's first steps are +-lr whatever the gradient's size, and Muon rounds to bfloat16: a coordinate
                 # whose gradient is rounding noise may go either way, so the bound is on the tensor's norm
                 difference = (other_weights[name] - weight).norm() / weight.norm()
-                assert difference < 4e-3, (world_size, flags, name)
+                bound = 3e-2 if mode == "lora-muon" else 4e-3  # B starts at zero: it is nothing but such updates
+                assert difference < bound, (world_size, flags, name)
         first = results[0][1]
         for _, other_weights in results[1:]:
             assert all(torch.equal(other_weights[name], weight) for name, weight in first.items()), "ranks differ"
@@ -95,7 +97,7 @@ def test_two_micro_batches_on_one_rank_or_two_are_equal_to_the_bit(home: Path, m
     """Full global batches of two micro-batches a term: replicated on one rank; replicated and sharded on two."""
     flags = {"micro_batch": 4, "examples": 48}
     ((lines, weights),) = run_ranks(1, few_steps, home, mode, flags)
-    for shard in ("replicate",) if mode == "full-muon" else ("replicate", "full"):
+    for shard in ("replicate", "full"):
         for other_lines, other_weights in run_ranks(2, few_steps, home, mode, flags | {"shard": shard}):
             for line, other in zip(lines, other_lines, strict=True):
                 assert line["loss"] == pytest.approx(other["loss"], rel=1e-6)  # a sum of float32 shares
