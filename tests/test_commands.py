@@ -162,7 +162,7 @@ def test_full_training_with_muon_in_bf16(home: Path, tmp_path: Path) -> None:
     changes = {"lora-rank": None, "optimizer": "muon", "dtype": "bf16", "retain-start": 1, "clip": "inf"}
     result = run("train.py", *flags(home, tmp_path / "muon", **changes))
     assert result.returncode == 0, result.stderr
-    assert "muon: 16 matrices of the blocks" in result.stdout and "full training" in result.stdout
+    assert "muon     4 x [96, 32]" in result.stdout and "full training" in result.stdout
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "muon" / "model")
     assert exported.dtype == torch.bfloat16 and not (tmp_path / "muon" / "adapter").exists()
 

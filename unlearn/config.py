@@ -25,6 +25,7 @@ _FULL = {"retain_loss": "kl", "remove_coef": 2.0, "retain_coef": 1.0, "adam_lr":
 
 # Flags that have an effect in some modes only.
 _LORA_FLAGS = ("lora_alpha", "lora_dropout", "lora_targets")
+_MUON_FLAGS = ("muon_lr", "momentum", "muon_method", "muon_qkv")
 _EVAL_FLAGS = ("eval_every", "data_dir", "include_path", "limit", "eval_subsample")
 _RETAIN_FLAGS = ("retain", "retain_column", "retain_template", "retain_loss", "retain_start")
 _FORGET_FLAGS = ("forget", "forget_column", "forget_template", "lens", "forget_loss")
@@ -108,6 +109,12 @@ class TrainConfig(CorpusFlags):
     """Peak learning rate of Muon. Published: 1e-3."""
     momentum: float | None = None
     """Momentum of Muon (Nesterov). Published: 0.95."""
+    muon_method: Literal["gram", "polar-express", "quintic"] | None = None
+    """How Muon orthogonalises: gram, the least work; polar-express, the same polynomials in standard form; quintic,
+    less exact, torch.optim.Muon's bits. Default: gram."""
+    muon_qkv: Literal["fused", "split", "per-head"] | None = None
+    """What Muon orthogonalises of GPT-NeoX's fused query_key_value, in full training: the whole; Q, K and V each; or
+    each head's q, k and v. Default: fused."""
     weight_decay: float = 0.01
     """Decoupled weight decay of matrices and embeddings. Published: 0.01."""
     clip: float = 1.0
@@ -178,7 +185,7 @@ class TrainConfig(CorpusFlags):
         if self.lora_rank > 0:
             defaults |= {"lora_alpha": 16.0, "lora_dropout": 0.05}
         if self.optimizer == "muon":
-            defaults |= {"muon_lr": 1e-3, "momentum": 0.95}
+            defaults |= {"muon_lr": 1e-3, "momentum": 0.95, "muon_method": "gram", "muon_qkv": "fused"}
         if self.micro_tokens is None:
             defaults["micro_batch"] = 1
         if self.retain_coef == 0.0:
@@ -202,7 +209,8 @@ class TrainConfig(CorpusFlags):
         """Raise if a flag was given that this mode would ignore."""
         idle = [
             (self.lora_rank == 0, "without --lora-rank", _LORA_FLAGS),
-            (self.optimizer != "muon", "without --optimizer muon", ("muon_lr", "momentum")),
+            (self.optimizer != "muon", "without --optimizer muon", _MUON_FLAGS),
+            (self.lora_rank > 0, "with LoRA, whose matrices are not fused", ("muon_qkv",)),
             (not self.uses_adam, "with --optimizer muon and LoRA", ("adam_lr",)),
             (not self.eval_tasks, "without --eval-tasks", _EVAL_FLAGS),
             (self.retain_coef == 0.0, "with --retain-coef 0", _RETAIN_FLAGS),

@@ -26,7 +26,7 @@ from unlearn.model import (
     save_model,
 )
 from unlearn.objectives.lens import LensObjective
-from unlearn.optim.build import build_optimizers, roles
+from unlearn.optim.build import assignment, build_optimizers
 from unlearn.precision import DTYPES
 from unlearn.sharding import is_sharded, shard_mesh
 from unlearn.weights import Checkpoint, fill, shared_folder
@@ -75,6 +75,8 @@ def build(config: TrainConfig, device: torch.device) -> Unlearning:
         muon_lr=config.muon_lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
+        method=config.muon_method or "gram",
+        qkv=config.muon_qkv or "fused",
     )
     return Unlearning(config, model, tokenizer, objective, optimizers, objective.coefficients.steps)
 
@@ -140,7 +142,7 @@ def describe(run: Unlearning) -> str:
         f"optimizer steps {run.steps:,} of global batch {run.config.batch} ({world_size()} rank(s), "
         f"{_micro(run.config)}, {run.config.shard_kind(world_size())} weights)"
     )
-    return "\n".join(lines + _optimizer_lines(run))
+    return "\n".join(lines + assignment(run.model, run.optimizers))
 
 
 def _micro(config: TrainConfig) -> str:
@@ -152,21 +154,6 @@ def _micro(config: TrainConfig) -> str:
 def _lora_line(run: Unlearning) -> str:
     count = len(adapters(run.model))
     return f" (LoRA rank {run.config.lora_rank} on {count} layers)" if count else " (full training)"
-
-
-def _optimizer_lines(run: Unlearning) -> list[str]:
-    parts = roles(run.model)
-    matrices = "muon" if "muon" in run.optimizers else "adamw"
-    rows = [
-        ("matrices of the blocks", parts.matrices, matrices),
-        ("embeddings", parts.embeddings, "adamw"),
-        ("norms and biases", parts.vectors, "adamw"),
-    ]
-    return [
-        f"{optimizer}: {len(group)} {role}, {sum(p.numel() for p in group.values()):,} parameters"
-        for role, group, optimizer in rows
-        if group
-    ]
 
 
 def finish(run: Unlearning, folder: Path) -> None:
