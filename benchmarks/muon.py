@@ -90,7 +90,9 @@ def redundant(found: dict[str, nn.Parameter]) -> Step:
             gradient, momentum = parameter.grad, momenta[name]
             assert isinstance(gradient, DTensor) and isinstance(momentum, DTensor) and isinstance(parameter, DTensor)
             momentum.lerp_(gradient, 0.05)
-            update = orthogonalize(gradient.lerp(momentum, 0.95).bfloat16().full_tensor(), "quintic")
+            direction = gradient.lerp(momentum, 0.95).bfloat16()
+            assert isinstance(direction, DTensor)
+            update = orthogonalize(direction.full_tensor(), "quintic")
             mine = distribute_tensor(update, parameter.device_mesh, [Shard(0)], src_data_rank=None)
             parameter.to_local().mul_(1 - 1e-5).add_(mine.to_local(), alpha=-1e-3)
 
