@@ -55,10 +55,12 @@ bench: $(READY)
 	$(BIN)/python benchmarks/loss.py
 	$(BIN)/python benchmarks/load.py
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/muon.py
 
 # What one GPU of 140 GB can show: the true 6.9 B shape with random weights.
 bench-gpu: $(READY)
 	$(BIN)/python benchmarks/step.py --true-shape
+	$(BIN)/python benchmarks/muon.py --gpu
 
 # Trains the tiny model anew, into runs/world; the package carries its weights.
 world: $(READY)

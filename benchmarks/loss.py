@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable
 
 import torch
+from measure import peak_bytes
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from unlearn.losses import uniform_cross_entropy
 
@@ -39,18 +39,6 @@ def seconds(loss: Loss, layers: list[Tensor], unembedding: Tensor) -> float:
     return time.perf_counter() - started
 
 
-def peak_bytes(loss: Loss, layers: list[Tensor], unembedding: Tensor) -> int:
-    """The highest sum of live allocations during one run, above what was there before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        run(loss, layers, unembedding)
-    live = peak = 0
-    for event in sorted(trace.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
@@ -65,8 +53,8 @@ def main() -> None:
         times["naive"].append(seconds(naive, layers, unembedding))
         times["chunked"].append(seconds(uniform_cross_entropy, layers, unembedding))
     memory = {
-        "naive": peak_bytes(naive, layers, unembedding),
-        "chunked": peak_bytes(uniform_cross_entropy, layers, unembedding),
+        "naive": peak_bytes(lambda: run(naive, layers, unembedding)),
+        "chunked": peak_bytes(lambda: run(uniform_cross_entropy, layers, unembedding)),
     }
     for name in times:
         print(f"{name:8} {statistics.median(times[name]):7.2f} s {memory[name] / 2**20:9.0f} MiB")
