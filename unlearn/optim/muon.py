@@ -37,7 +37,8 @@ class Muon(torch.optim.Optimizer):
        brings the rows of the updates back. Each way a rank sends 2 P / W (S - 1) / S bytes on average. With R > 1
        each replica then passes its updates' shards on to the other R - 1, by broadcast, a shard at a time.
     4. While one round is orthogonalised the next is on its way to its owners and the one before on its way back.
-       Peak memory above weights, gradients and momenta: with R = 1 about six of the largest matrix in bfloat16.
+       Peak memory above weights, gradients and momenta: about six times the largest matrix in bfloat16 if R = 1, and
+       R times more otherwise, for what the other replicas send.
 
     Matrices that are whole on every rank (S = 1, R = W) need no way to their owner, only the broadcast back. Small
     ones (LoRA's: short side up to 128, the other more than four times as long) are not sent at all: every rank
