@@ -32,6 +32,8 @@ def test_published_values_of_each_mode() -> None:
         ({"lora_dropout": 0.1}, "--lora-dropout"),
         ({"lora_targets": ("dense",)}, "--lora-targets"),
         ({"muon_lr": 0.1}, "--muon-lr"),
+        ({"muon_method": "gram"}, "--muon-method"),
+        ({"optimizer": "muon", "lora_rank": 4, "muon_qkv": "split"}, "--muon-qkv"),
         ({"momentum": 0.9}, "--momentum"),
         ({"optimizer": "muon", "lora_rank": 4, "adam_lr": 0.1}, "--adam-lr"),
         ({"eval_every": 4}, "--eval-every"),

@@ -131,9 +131,12 @@ def _normalized_as_torch(matrix: Tensor, tall: bool) -> Tensor:
 def _normalized(matrix: Tensor, tall: bool, dtype: torch.dtype) -> Tensor:
     """Wide, contiguous copy with Frobenius norm 1, however small the matrix is."""
     wider = torch.float32 if matrix.dtype == torch.float16 else None  # whose squares overflow from 256 on
-    norm = torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True, dtype=wider)
-    x = matrix.div(norm.clamp(min=TINY)).to(dtype)
-    return (x.mT if tall else x).contiguous()
+    norm = torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True, dtype=wider).clamp(min=TINY)
+    if tall:
+        x = matrix.mT.clone(memory_format=torch.contiguous_format).div_(norm)
+    else:
+        x = matrix.contiguous().div(norm)
+    return x.to(dtype)
 
 
 def _iterate(x: Tensor, table: Sequence[Coefficients], symmetric: bool) -> Tensor:
