@@ -44,7 +44,7 @@ class Muon(torch.optim.Optimizer):
     ones (LoRA's: short side up to 128, the other more than four times as long) are not sent at all: every rank
     orthogonalises all of them, in batches of up to 64 of one shape. A short side s means about 10 s operations for each
     byte sent, which a GPU does before the byte has arrived, and one batched product costs less than its share of 64
-    small ones. With `quintic`, whose bits a batch would change, they have owners like all others.
+    small ones. `quintic` does them one by one: a batch might change its bits.
 
     Gradients of matrices that are whole on every rank must be equal there, i.e. already summed over ranks. A gradient
     that is missing on some ranks counts as zero there; one that is missing on all leaves its parameter alone.
@@ -200,27 +200,27 @@ def _greatest(flags: Tensor) -> Tensor:
 def _sizes(matrices: Iterable[Matrix]) -> tuple[list[Matrix], list[Matrix]]:
     """The small ones, which every rank orthogonalises for itself, and the others. Not by the number of ranks.
 
-    A batched product may round otherwise than a single one: `quintic` keeps torch's bits, and the matrices of a small
-    model keep those that they have when they are sharded.
+    A batched product may round otherwise than a single one: the aspect keeps the blocks of a small model out, which so
+    have the bits that they have when they are sharded.
     """
     small: list[Matrix] = []
     large: list[Matrix] = []
     for matrix in matrices:
         short, long = sorted(matrix.shape)
         thin = short <= SMALL_SIDE and long > BLOCK_ASPECT * short
-        repeated = thin and not matrix.layout.sharded and matrix.settings["method"] != "quintic"
-        (small if repeated else large).append(matrix)
+        (small if thin and not matrix.layout.sharded else large).append(matrix)
     return small, large
 
 
 def _batches(matrices: Iterable[Matrix]) -> Iterator[Sequence[Matrix]]:
-    """Matrices of one shape and one group, in batches."""
+    """Matrices of one shape and one group, in batches; `quintic`, for torch's bits, one by one."""
     alike: dict[Any, list[Matrix]] = {}
     for matrix in matrices:
         alike.setdefault((matrix.shape, id(matrix.settings)), []).append(matrix)
     for group in alike.values():
-        for start in range(0, len(group), BATCH):
-            yield group[start : start + BATCH]
+        size = 1 if group[0].settings["method"] == "quintic" else BATCH
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
 
 
 def _update_batch(matrices: Sequence[Matrix]) -> None:
@@ -229,6 +229,7 @@ def _update_batch(matrices: Sequence[Matrix]) -> None:
     directions = first.weight.new_empty(len(matrices), *first.shape, dtype=torch.bfloat16)
     for matrix, direction in zip(matrices, directions, strict=True):
         matrix.advance(direction)
-    updates = orthogonalize(directions, first.settings["method"], first.settings["steps"]).contiguous()
+    several = directions if len(matrices) > 1 else directions[0]
+    updates = orthogonalize(several, first.settings["method"], first.settings["steps"]).reshape(directions.shape)
     for matrix, update in zip(matrices, updates, strict=True):
         matrix.update(update)
