@@ -110,7 +110,11 @@ def test_layouts_of_a_copy() -> None:
 
 
 def test_neighbours_need_less_and_are_sorted(folder: str) -> None:
-    config, shape, layout = configured(folder), Shape.of(empty_model(folder)), Layout(4, 4)
+    shape, layout = Shape.of(empty_model(folder)), Layout(4, 4)
+    assert "--lora-rank 16" in {
+        other.change for other in neighbours(configured(folder, optimizer="muon"), shape, layout)
+    }
+    config = configured(folder)
     found = neighbours(config, shape, layout)
     assert {"--lora-rank 16", "8 GPUs", "--micro-batch 1"} <= {other.change for other in found}
     peaks = [other.peak_gib for other in found]

@@ -238,7 +238,7 @@ def neighbours(config: TrainConfig, shape: Shape, layout: Layout) -> list[Neighb
         }
         lora |= {"lora_alpha": None, "lora_dropout": None}
         if config.optimizer == "muon":
-            lora |= {"adam_lr": None}
+            lora |= {"adam_lr": None, "muon_qkv": None}
         consider("--lora-rank 16", lora, Layout(layout.world_size, 1))
     return sorted((found for found in tried if found.peak_gib < here), key=lambda found: found.peak_gib)
 
