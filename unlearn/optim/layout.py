@@ -46,19 +46,37 @@ class Layout:
 
 
 def layout_of(name: str, parameter: Tensor) -> Layout:
-    """The layout of a plain tensor (whole on every rank) or of a DTensor: sharded by rows over one dimension of its
-    mesh, replicated over the other, if there is another.
+    """The layout of a plain tensor, which is whole on every rank, or of a DTensor.
 
     Raises:
-        ValueError: the DTensor's mesh does not span all ranks, or it is sharded in another way.
+        ValueError: see `mesh_dimensions`.
     """
-    ranks, world = tuple(range(world_size())), _world()
-    replicated = Layout(tuple((r,) for r in ranks), rank(), 0, False, None, world)
+    sharded, replicated = mesh_dimensions(name, parameter)
+    if not isinstance(parameter, DTensor) or sharded is None:
+        return Layout(tuple((r,) for r in range(world_size())), rank(), 0, False, None, _world())
+    mesh = parameter.device_mesh
+    grid = mesh.mesh if replicated is None else mesh.mesh.movedim(sharded, -1)
+    return Layout(
+        tuple(map(tuple, grid.reshape(-1, mesh.size(sharded)).tolist())),
+        0 if replicated is None else mesh.get_local_rank(replicated),
+        mesh.get_local_rank(sharded),
+        True,
+        mesh.get_group(sharded) if mesh.size(sharded) > 1 else None,
+        None if replicated is None or mesh.size(replicated) == 1 else mesh.get_group(replicated),
+    )
+
+
+def mesh_dimensions(name: str, parameter: Tensor) -> tuple[int | None, int | None]:
+    """Which dimension of its mesh shards a parameter by rows, and which replicates it; None where there is none.
+
+    Raises:
+        ValueError: the mesh does not span all ranks, or the parameter is sharded in another way.
+    """
     if not isinstance(parameter, DTensor):
-        return replicated
+        return None, None
     mesh, placements = parameter.device_mesh, parameter.placements
-    if mesh.size() != len(ranks):
-        raise ValueError(f"expected a mesh over all {len(ranks)} ranks for {name}; found one over {mesh.size()}")
+    if mesh.size() != world_size():
+        raise ValueError(f"expected a mesh over all {world_size()} ranks for {name}; found one over {mesh.size()}")
     sharded = [dim for dim, placement in enumerate(placements) if type(placement) is Shard and placement.dim == 0]
     copied = [dim for dim, placement in enumerate(placements) if isinstance(placement, Replicate)]
     if len(sharded) > 1 or len(sharded) + len(copied) < len(placements) or (sharded and len(copied) > 1):
@@ -66,18 +84,7 @@ def layout_of(name: str, parameter: Tensor) -> Layout:
             f"expected {name} sharded by rows over one mesh dimension, or replicated; found {placements}: use "
             "fully_shard without a shard_placement_fn, on a mesh of one or two dimensions"
         )
-    if not sharded:
-        return replicated
-    (across,) = sharded
-    places = tuple(map(tuple, mesh.mesh.movedim(across, -1).reshape(-1, mesh.size(across)).tolist()))
-    return Layout(
-        places,
-        mesh.get_local_rank(copied[0]) if copied else 0,
-        mesh.get_local_rank(across),
-        True,
-        mesh.get_group(across) if mesh.size(across) > 1 else None,
-        mesh.get_group(copied[0]) if copied and mesh.size(copied[0]) > 1 else None,
-    )
+    return next(iter(sharded), None), next(iter(copied), None)
 
 
 def _world() -> Any:

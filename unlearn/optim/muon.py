@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from unlearn.distributed import world_size
 from unlearn.errors import UserError
-from unlearn.optim.layout import layout_of
+from unlearn.optim.layout import layout_of, mesh_dimensions
 from unlearn.optim.matrix import FUSED_QKV, AdjustLr, Matrix, Qkv
 from unlearn.optim.newton_schulz import Method, orthogonalize
 from unlearn.optim.rounds import pipeline, plan, run_round
@@ -146,7 +146,7 @@ def _check_group(group: dict[str, Any]) -> None:
     for name, parameter in named.items():
         if parameter.ndim != 2:
             raise ValueError(f"expected matrices for Muon; found {name} of shape {tuple(parameter.shape)}")
-        layout_of(name, parameter)
+        mesh_dimensions(name, parameter)
     if group["qkv"] == "fused":
         return
     fused = {name: parameter.shape[0] for name, parameter in named.items() if name.endswith(FUSED_QKV)}
