@@ -141,6 +141,10 @@ def test_flops_of_full_training_by_hand(folder: str) -> None:
     assert shape.matrices == 8 * 12 * 512**2 and shape.head == 8009 * 512
     config = configured(folder, layers=(8,), retain_coef=0.0, retain_start=0.0, checkpoint_activations=False, batch=2)
     tokens = 2 * 256
+    muon = dataclasses.replace(config, optimizer="muon", muon_method="quintic")
+    s, long = 512, (1536, 512, 2048, 2048)
+    per_block = sum(5 * (4 * s * s * side + 2 * s**3) for side in long)
+    assert flops_per_step(muon, shape) - flops_per_step(config, shape) == 8 * per_block
     assert flops_per_step(config, shape) == tokens * (6 * shape.matrices + 4 * shape.head + 4 * 512**2)
 
 

@@ -20,6 +20,7 @@ from unlearn.config import TrainConfig
 from unlearn.errors import UserError
 from unlearn.losses import CHUNK
 from unlearn.model import blocks, blocks_prefix
+from unlearn.optim.newton_schulz import flops
 
 GIB = 2**30
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
@@ -175,7 +176,7 @@ def flops_per_step(config: TrainConfig, shape: Shape) -> float:
 
     Per token and parameter of the blocks: 2 forward, 4 backward (2 where only adapters are trained), 2 for the
     recomputation, 2 for the reference; the lens's and the unembedding's products likewise (forward and the gradient of
-    the stream); attention itself and the optimizer are left out (a few per cent).
+    the stream); and Muon's Newton-Schulz iterations. Attention itself is left out (a few per cent).
     """
     tokens = config.batch * config.seq_len
     blocks_only = shape.matrices
@@ -188,7 +189,17 @@ def flops_per_step(config: TrainConfig, shape: Shape) -> float:
     if config.retain_coef:
         head = (2 + 2 + (4 if config.lora_rank == 0 else 2)) * shape.head if config.retain_loss == "kl" else 0
         total += tokens * ((per_parameter + 2) * blocks_only + head)
-    return total
+    return total + _orthogonalisation(config, shape)
+
+
+def _orthogonalisation(config: TrainConfig, shape: Shape) -> float:
+    """Floating-point operations of Muon on every matrix that it gets, once."""
+    if config.optimizer != "muon":
+        return 0.0
+    matrices = list(shape.targets)
+    if config.lora_rank:
+        matrices = [pair for m, n in shape.targets for pair in ((config.lora_rank, n), (m, config.lora_rank))]
+    return float(sum(flops(rows, columns, config.muon_method or "gram") for rows, columns in matrices))
 
 
 def available_gib(device: torch.device) -> float:
