@@ -68,15 +68,16 @@ class LoraLinear(nn.Module):
         output = self.base(x)
         if not self.enabled:
             return output
+        scale = self.scale
         if self.training and self.dropout > 0.0:
-            x = self._drop(x)
+            x, scale = x * self._keep(x), scale / (1.0 - self.dropout)
         update = nn.functional.linear(nn.functional.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
-        return output + self.scale * update.to(output.dtype)
+        return output + scale * update.to(output.dtype)
 
-    def _drop(self, x: Tensor) -> Tensor:
+    def _keep(self, x: Tensor) -> Tensor:
+        """Bool [B, S, in]: which numbers of `x` are not dropped."""
         assert len(self.rows) == x.shape[0], "set_dropout_rows must name every row of the batch before its forward"
-        keep = keep_mask(self.rows.to(x.device) ^ self.salt, x.shape[1], x.shape[2], self.dropout)
-        return x * keep / (1.0 - self.dropout)
+        return keep_mask(self.rows.to(x.device) ^ self.salt, x.shape[1], x.shape[2], self.dropout)
 
     def delta(self) -> Tensor:
         """The update of the whole base weight, float32, in the layout in which the base stores it.
