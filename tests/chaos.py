@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ KINDS = {
 }
 FAULTS = ("kill", "kill", "kill", "kill", "term", "usr1", "twice", "stop", "disk")
 MOMENTS = ("any", "any", "saving", "saving", "exporting", "evaluating")
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 STEPS, SAVE_EVERY = 8, 2
 PATIENCE = 120.0  # seconds for one attempt
 STEP_TIMEOUT = 10  # seconds, after which the others give up a stopped rank
@@ -90,6 +91,7 @@ class Forked:
         import torch
 
         torch.set_num_threads(1)  # first of all: OpenMP's threads did not survive the fork
+        os.environ.update(ENVIRONMENT)
         if ranks > 1:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
@@ -149,7 +151,7 @@ class Launched:
 
     def __init__(self, words: list[str], ranks: int, log: Path):
         command = [str(ROOT / "launch/node.sh"), "--ranks", str(ranks), *words]
-        environment = os.environ | {"PYTHON": sys.executable, "SHUTDOWN_SECONDS": "8"}
+        environment = os.environ | ENVIRONMENT | {"PYTHON": sys.executable, "SHUTDOWN_SECONDS": "8"}
         with log.open("a") as output:
             self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
         self._several = ranks > 1
@@ -254,8 +256,6 @@ class Chaos:
     def __init__(self, folder: Path):
         self._folder, self._home = folder, folder / "home"
         self._expected: dict[tuple[str, int], tuple[dict[str, Any], float]] = {}
-        os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
-        os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
         prepare(self._home)
 
     def expected(self, kind: str, ranks: int) -> tuple[dict[str, Any], float]:
@@ -352,7 +352,8 @@ def hit(job: Forked | Launched, case: Case, place: Path) -> None:
             job.signal(victim, signal.SIGKILL)
     elif case.fault == "disk" and place.is_mount():
         free = shutil.disk_usage(place).free
-        (place / "ballast").write_bytes(bytes(max(0, free - int(case.share * 200_000))))
+        with suppress(OSError):  # the run may have taken the rest meanwhile
+            (place / "ballast").write_bytes(bytes(max(0, free - int(case.share * 200_000))))
 
 
 @contextmanager
