@@ -8,7 +8,9 @@ writes what each rank holds, so a run may go on with another number of ranks. A 
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -166,7 +168,8 @@ def load(folder: Path, model: nn.Module, optimizers: Mapping[str, Optimizer]) ->
         for name, of_parameters in states.items():
             wanted |= {f"{name}.{key}.{p}": value for p, found in of_parameters.items() for key, value in found.items()}
         _check(folder, wanted, stored)
-        dcp.load(wanted, storage_reader=reader, no_dist=not dist.is_initialized())
+        with _alone_if_so() as alone:
+            dcp.load(wanted, storage_reader=reader, no_dist=alone)
     except (OSError, EOFError, CheckpointException) as error:
         raise UserError(
             f"expected a whole checkpoint in {folder}; found {_reason(error)!r}: delete it to go on from the one before"
@@ -225,10 +228,19 @@ def _check(folder: Path, wanted: Mapping[str, Tensor], stored: Mapping[str, Any]
 
 def _write(folder: Path, state: dict[str, Tensor]) -> None:
     try:
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, sync_files=True), no_dist=not dist.is_initialized())
+        with _alone_if_so() as alone:
+            dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, sync_files=True), no_dist=alone)
     except CheckpointException as error:
         _raise_refusal(folder, error)
     barrier()
+
+
+@contextmanager
+def _alone_if_so() -> Iterator[bool]:
+    """Whether this process is alone, which torch would warn of each time."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield not dist.is_initialized()
 
 
 def _raise_refusal(folder: Path, error: CheckpointException) -> NoReturn:
