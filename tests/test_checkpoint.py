@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import WORDS, tiny_model, write_corpus
+from evals_support import question, write_wmdp
 from test_commands import flags
 
 import train
+from evals import tamper
+from unlearn.__main__ import main as unlearn_main
 from unlearn.checkpoint import Checkpoints, load, tensors
 from unlearn.config import TrainConfig
 from unlearn.errors import UserError, run_command
@@ -157,3 +160,50 @@ def test_too_small_a_disk_and_other_weights(tmp_path: Path, home: Path) -> None:
 def test_flags_out_of_range(given: dict[str, float]) -> None:
     with pytest.raises(UserError, match="--keep"):
         TrainConfig(**given)
+
+
+def _call(monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], words: list[object]) -> None:
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    main()
+
+
+def test_an_attack_goes_on(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_wmdp(tmp_path / "data", [question(index, answer=index % 4, said=None) for index in range(6)])
+    words = ["tamper.py", "--model", home / "model", "--corpus", home / "forget.jsonl", "--data-dir", tmp_path / "data"]
+    words += "--batch 4 --examples 15 --seq-len 24 --eval-every 1 --eval-tasks wmdp_bio --lr 1e-3 --save-model".split()
+    _call(monkeypatch, tamper.main, [*words, "--output", tmp_path / "whole"])
+    _interrupted(monkeypatch, tamper.main, [*words, "--output", tmp_path / "killed"])
+    assert (tmp_path / "killed/checkpoints/step-000002").is_dir()
+    _call(monkeypatch, tamper.main, [*words, "--output", tmp_path / "killed"])
+    whole, again = (json.loads((tmp_path / name / "attack.json").read_text()) for name in ("whole", "killed"))
+    assert whole["points"] == again["points"] and len(again["points"]) == 5
+    one, two = ((tmp_path / name / "model/model.safetensors").read_bytes() for name in ("whole", "killed"))
+    assert one == two
+
+
+def test_the_fitting_of_a_lens_goes_on(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["unlearn", "fit-lens", "--model", home / "model", "--forget", home / "forget.jsonl"]
+    words += ["--retain", home / "retain.jsonl", *"--steps 4 --seq-len 24 --micro-batch 16 --dtype fp32".split()]
+    _call(monkeypatch, unlearn_main, [*words, "--output", tmp_path / "whole"])
+    _interrupted(monkeypatch, unlearn_main, [*words, "--output", tmp_path / "killed"])
+    assert not (tmp_path / "killed/config.json").exists(), "half a lens is none"
+    _call(monkeypatch, unlearn_main, [*words, "--output", tmp_path / "killed"])
+    for name in ("params.safetensors", "config.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert len(json.loads((tmp_path / "killed/fitting/run.json").read_text())["attempts"]) == 2
+    _call(monkeypatch, unlearn_main, [*words, "--output", tmp_path / "killed"])
+    with pytest.raises(UserError, match="--steps 4, not 5"):
+        _call(monkeypatch, unlearn_main, [*words, "--output", tmp_path / "killed", "--steps", 5])
+
+
+def _interrupted(monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], words: list[object]) -> None:
+    """Run a command that is killed after its second step, once that is saved."""
+
+    def after(self: Checkpoints, step: int) -> None:
+        self.save(step)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Checkpoints, "after", after)
+        _call(patch, main, words)

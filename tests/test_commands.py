@@ -179,6 +179,8 @@ def test_fit_lens_is_read_by_train(home: Path, tmp_path: Path, attempt: Callable
         assert tuned["kl"] < plain["kl"]
     assert attempt(*flags(home, tmp_path / "run", lens=tmp_path / "lens")) == ""
     result = run(*fit)
+    assert result.returncode == 0 and "finished before: tuned lens" in result.stdout
+    result = run(*fit, "--resume", "never")
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "python -m unlearn: error: expected a new folder for --output" in result.stderr
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from unlearn.checkpoint import Checkpoints
 from unlearn.config import ResumeFlags
+from unlearn.distributed import is_main
 from unlearn.metrics import MetricsLog
 from unlearn.preflight import check_disk, check_ranks, checkpoint_bytes, code_hash, versions
 from unlearn.run_folder import MARKER, Earlier, begin, check_output, earlier_run, finish_run
@@ -26,7 +27,7 @@ class Attempt:
     Attributes:
         flags: of the command. facts: the code and the versions that it runs on.
         earlier: whether an earlier attempt finished the run, or left it unfinished.
-        stop: listens to signals.
+        stop: listens to signals. marker: what it leaves where the run is stopped.
     """
 
     folder: Path
@@ -35,6 +36,7 @@ class Attempt:
     facts: dict[str, Any]
     earlier: Earlier
     stop: StopSignals
+    marker: Path
     device: torch.device
 
     @property
@@ -56,6 +58,8 @@ class Attempt:
         count = max(0, self.config.keep + 1 - there) if every else 0
         check_disk(self.folder, checkpoint=checkpoint_bytes(optimizers), count=count, export=export)
         begin(self.folder, self.flags, self.earlier, identity, self.facts)
+        if is_main():
+            self.marker.unlink(missing_ok=True)
 
     def checkpoints(
         self,
@@ -78,13 +82,19 @@ class Attempt:
 
 @contextmanager
 def attempt(
-    config: Any, output: str, own: Iterable[str], inputs: Iterable[str | None], device: torch.device
+    config: Any,
+    output: str,
+    own: Iterable[str],
+    inputs: Iterable[str | None],
+    device: torch.device,
+    marker: Path | None = None,
 ) -> Iterator[Attempt]:
     """Look at the output folder and at the other ranks, and listen to signals for the length of the block.
 
     Args:
         config: the command's flags, a dataclass that is a `ResumeFlags`.
         own, inputs: see `check_output`.
+        marker: by default in the output folder.
 
     Raises:
         UserError: the folder is not for this run, or ranks run different code, versions or flags.
@@ -95,5 +105,6 @@ def attempt(
     earlier = earlier_run(folder, flags, resumes=config.resumes)
     if earlier == "finished":
         finish_run(folder)  # which that attempt may not have come to the end of
-    with StopSignals(folder / MARKER) as stop:
-        yield Attempt(folder, config, flags, facts, earlier, stop, device)
+    marker = marker or folder / MARKER
+    with StopSignals(marker) as stop:
+        yield Attempt(folder, config, flags, facts, earlier, stop, marker, device)

@@ -18,7 +18,8 @@ MARKER = "PREEMPTED"  # left by a run that was told to stop, for launch/slurm.sh
 RESUMABLE = frozenset(("config.json", "run.json", "metrics.jsonl", "checkpoints", MARKER))
 RUN = RESUMABLE | {"model", "adapter", "evals", "lens.json", "report.html"}
 ATTACK = RESUMABLE | {"attack.json", "attack.png", "model"}
-LENS = frozenset(("params.safetensors", "params.pt", "config.json", "fit.json"))
+FITTING = RESUMABLE | {"lens"}  # in a folder of its own inside a lens's, whose config.json says other things
+LENS = frozenset(("params.safetensors", "params.pt", "config.json", "fit.json", "fitting", MARKER))
 
 # Flags that may differ between the attempts of one run: they change where things lie and how they are computed, and the
 # result by no more than rounding.
@@ -184,10 +185,9 @@ def _same_run(folder: Path, identity: Mapping[str, str], overwrite: bool) -> dic
 
 
 def _tidy(folder: Path) -> None:
-    """Remove what an attempt that was killed left half done, and the marker of one that was told to stop."""
+    """Remove what an attempt that was killed left half done."""
     for entry in (*folder.glob("*.tmp"), *folder.glob("*/*.tmp")):
         _remove(entry)
-    (folder / MARKER).unlink(missing_ok=True)
 
 
 def _empty(folder: Path) -> None:
