@@ -1,4 +1,4 @@
-# make setup | demo | test | test-all | test-slurm | check | bench | bench-gpu | world
+# make setup | demo | test | test-all | test-slurm | chaos | check | bench | bench-gpu | world
 #   make demo RANKS=2            the same through torchrun, on two processes
 #   make demo RANKS=2 SHARD=full the same with the model sharded over them
 #   make demo OPTIMIZER=muon     full training with Muon instead of LoRA with AdamW
@@ -11,11 +11,12 @@ READY  := $(VENV)/.ready
 RANKS     ?= 1
 OPTIMIZER ?= adamw
 SEED      ?= 0
+N         ?= 100
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test-all test-slurm check lint types bench bench-gpu world clean
+.PHONY: setup demo test test-all test-slurm chaos check lint types bench bench-gpu world clean
 
 setup: $(READY)
 
@@ -41,6 +42,10 @@ test-all: $(READY)
 # A Slurm of fake nodes on this machine: as root, after `apt-get install --no-install-recommends slurm-wlm munge`.
 test-slurm: $(READY)
 	TEST_SLURM=1 $(BIN)/python -m pytest -m slurm
+
+# Runs of train.py killed, stopped and starved at random moments, against undisturbed ones; about 15 s each.
+chaos: $(READY)
+	$(BIN)/python tests/chaos.py --cases $(N) --seed $(SEED)
 
 check: lint types test
 

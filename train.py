@@ -7,7 +7,7 @@ LoRA:          torchrun --nproc_per_node 4 train.py --lora-rank 16
 All flags:     python train.py --help
 """
 
-import dataclasses
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,38 +16,44 @@ from unlearn.errors import run_command
 
 if TYPE_CHECKING:
     from evals.evaluation import Evaluation
+    from unlearn.attempt import Attempt
     from unlearn.metrics import MetricsLog
     from unlearn.unlearning import Unlearning
 
 
 def main() -> None:
     config = parse_flags(TrainConfig)
-    from unlearn.distributed import process_group  # torch is imported after the flags were found to be right
+    from unlearn.distributed import is_main, process_group  # torch is imported after the flags were found to be right
 
     with process_group() as device:
-        from unlearn.run_folder import check_output
-        from unlearn.unlearning import build
+        from unlearn.attempt import attempt
+        from unlearn.run_folder import RUN
+        from unlearn.unlearning import build, export_bytes
 
         inputs = (config.model, config.lens, config.forget, config.retain)
-        folder = check_output(str(config.output), config.overwrite, inputs=inputs)
-        run = build(config, device)
-        unlearn(run, folder, _prepare(config, run))
+        with attempt(config, str(config.output), RUN, inputs, device) as this:
+            if not this.finished:
+                run = build(config, device)
+                evaluation = _prepare(config, run)
+                this.claim(run.identity, run.optimizers, export_bytes(run))
+                unlearn(run, this, evaluation)
+            if is_main():
+                print(f"{'finished before: ' if this.finished else ''}unlearned model: {this.folder / 'model'}")
 
 
-def unlearn(run: "Unlearning", folder: Path, evaluation: "Evaluation | None") -> None:
-    """Train, export, evaluate what was exported."""
+def unlearn(run: "Unlearning", this: "Attempt", evaluation: "Evaluation | None") -> None:
+    """Train from where an earlier attempt came to, export, evaluate what was exported."""
     from unlearn.distributed import is_main
     from unlearn.metrics import MetricsLog
     from unlearn.optim.build import linear_schedule
-    from unlearn.run_folder import open_run
     from unlearn.trainer import train
     from unlearn.unlearning import describe, finish
 
-    config = run.config
+    config, folder = run.config, this.folder
     if is_main():
         print(describe(run), flush=True)
-    open_run(folder, dataclasses.asdict(config))
     with MetricsLog(folder / "metrics.jsonl", run.steps, "unlearning") as log:
+        checkpoints = this.checkpoints(run.model, run.optimizers, log, run.steps)
         train(
             run.model,
             run.objective,
@@ -59,11 +65,13 @@ def unlearn(run: "Unlearning", folder: Path, evaluation: "Evaluation | None") ->
             log_every=config.log_every,
             evaluate=lambda step: _evaluate(run, evaluation, folder, step, log),
             eval_every=config.eval_every,
+            first=checkpoints.resume().step,
+            checkpoints=checkpoints,
+            timeout=timedelta(seconds=config.step_timeout),
         )
         finish(run, folder)
         _evaluate(run, evaluation, folder, run.steps, log)
-    if is_main():
-        print(f"unlearned model: {folder / 'model'}")
+    this.finish()
 
 
 def _prepare(config: TrainConfig, run: "Unlearning") -> "Evaluation | None":

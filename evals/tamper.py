@@ -10,6 +10,7 @@ live model and written to attack.json, with a plot beside it where matplotlib is
 import dataclasses
 import importlib.util
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,22 +22,27 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from unlearn.attempt import Attempt
     from unlearn.data import Batches
 
 
 def main() -> None:
     config = parse_flags(TamperConfig)
-    from unlearn.distributed import process_group  # torch is imported after the flags were found to be right
+    from unlearn.distributed import is_main, process_group  # torch is imported after the flags were found to be right
 
     with process_group() as device:
-        from unlearn.run_folder import ATTACK, check_output
+        from unlearn.attempt import attempt
+        from unlearn.run_folder import ATTACK
 
-        inputs = (config.model, config.corpus)
-        attack(config, device, check_output(config.output, config.overwrite, ATTACK, inputs))
+        with attempt(config, config.output, ATTACK, (config.model, config.corpus), device) as this:
+            if not this.finished:
+                attack(config, device, this)
+            elif is_main():
+                print(f"finished before: {this.folder / 'attack.json'}")
 
 
-def attack(config: TamperConfig, device: "torch.device", folder: Path) -> None:
-    """Load, fine-tune, measure on the way, write."""
+def attack(config: TamperConfig, device: "torch.device", this: "Attempt") -> None:
+    """Load, fine-tune from where an earlier attempt came to, measure on the way, write."""
     import torch
 
     from evals.evaluation import Evaluation
@@ -46,8 +52,9 @@ def attack(config: TamperConfig, device: "torch.device", folder: Path) -> None:
     from unlearn.objectives.next_token import NextTokenObjective
     from unlearn.optim.build import build_optimizers, linear_schedule
     from unlearn.precision import DTYPES, autocast
-    from unlearn.run_folder import open_run
+    from unlearn.preflight import files_hash
     from unlearn.trainer import train
+    from unlearn.weights import Checkpoint
 
     tokenizer = load_tokenizer(config.model, revision=config.revision)
     batches = _batches(config, tokenizer)
@@ -63,7 +70,11 @@ def attack(config: TamperConfig, device: "torch.device", folder: Path) -> None:
     model = load_model(config.model, revision=config.revision, dtype=torch.float32, device=device)
     disable_dropout(model)
     precision = autocast(torch.float32, DTYPES[config.dtype], device)
-    open_run(folder, dataclasses.asdict(config))
+    optimizers = build_optimizers(model, optimizer="adamw", adam_lr=config.lr)
+    files = Checkpoint.open(config.model, revision=config.revision).paths()
+    identity = {"model": files_hash(files), "corpus": batches.corpus.sha256()}
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    this.claim(identity, optimizers, size if config.save_model else 0)
     points: list[dict[str, Any]] = []
 
     def measure(step: int) -> None:
@@ -76,20 +87,27 @@ def attack(config: TamperConfig, device: "torch.device", folder: Path) -> None:
             f"{batches.total / batches.unique:.2f}, optimizer steps {batches.steps:,} of global batch {config.batch}",
             flush=True,
         )
-    with MetricsLog(folder / "metrics.jsonl", batches.steps, "attacking") as log:
+    with MetricsLog(this.folder / "metrics.jsonl", batches.steps, "attacking") as log:
+        checkpoints = this.checkpoints(model, optimizers, log, batches.steps, lambda: {"points": points})
+        progress = checkpoints.resume()
+        points += progress.extra.get("points", [])
         train(
             model,
             NextTokenObjective(model, batches, precision),
-            build_optimizers(model, optimizer="adamw", adam_lr=config.lr),
+            optimizers,
             steps=batches.steps,
             schedule=linear_schedule(batches.steps),
             log=log,
             clip=1.0,
             evaluate=measure,
             eval_every=config.eval_every,
+            first=progress.step,
+            checkpoints=checkpoints,
+            timeout=timedelta(seconds=config.step_timeout),
         )
         measure(batches.steps)
-    _write(config, folder, points, model, tokenizer)
+    _write(config, this.folder, points, model, tokenizer)
+    this.finish()
 
 
 def _batches(config: TamperConfig, tokenizer: "PreTrainedTokenizerBase") -> "Batches":
@@ -131,7 +149,7 @@ def _write(
     from unlearn.weights import shared_folder
 
     if config.save_model:
-        with shared_folder(folder / "model") as temporary:
+        with shared_folder(folder / "model", replace=True) as temporary:
             save_model(model, tokenizer, temporary)
     with fail_together():
         if not is_main():

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from unlearn.config import ResumeFlags
 from unlearn.errors import UserError
 
 
 @dataclass(frozen=True)
-class TamperConfig:
+class TamperConfig(ResumeFlags):
     """Attack an unlearned model by fine-tuning it on text of the forgotten domain, and watch the knowledge return."""
 
     model: str
@@ -16,8 +17,6 @@ class TamperConfig:
     """Attack text, unseen in unlearning: a .jsonl, .parquet or .txt file, a saved `datasets` folder, or a hub name."""
     output: str
     """New folder for attack.json and attack.png."""
-    overwrite: bool = False
-    """Replace an earlier attack in --output."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     column: str | None = None
@@ -58,6 +57,7 @@ class TamperConfig:
     """Also write the attacked model to <output>/model."""
 
     def __post_init__(self) -> None:
+        self.check_resume()
         for name in ("batch", "micro_batch", "examples", "epochs", "eval_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"expected --{name.replace('_', '-')} to be 1 or more; found {getattr(self, name)}")

@@ -35,11 +35,6 @@ root=$PWD
 # shellcheck source=arguments.sh
 source "$root/launch/arguments.sh"
 
-# How a run that was put back into the queue is told to go on where it was: appended to the flags of train.py.
-# Empty until train.py has such a flag; then `--resume auto` belongs here as the default.
-split_words "${RESUME_FLAGS-}"
-resume=("${words[@]}")
-
 dry_run=false environment='' list='' ranks=''
 while (($#)); do
     case $1 in
@@ -66,8 +61,11 @@ fi
 output=$(flag_value --output "$@")
 if [[ $1 == train.py ]]; then
     [[ -n $output ]] || fail "expected --output in the flags of train.py: a preempted run is found by it"
-    set -- "$@" "${resume[@]}"
 fi
+case "$1 ${2-} ${3-}" in
+    train.py\ * | evals/tamper.py\ * | '-m unlearn fit-lens') # put back into the queue, they go on, --overwrite or not
+        [[ -n $(flag_value --resume "$@") ]] || set -- "$@" --resume auto ;;
+esac
 if [[ -n $environment ]]; then
     [[ -f $root/launch/env/$environment.sh ]] ||
         fail "expected --env to name a file of launch/env; found none for $environment"

@@ -71,6 +71,11 @@ def write_corpus(path: Path, words: list[str], documents: int = 30, seed: int = 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
+    """See `tiny_tokenizer`."""
+    return tiny_tokenizer()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of 301 tokens that adds no special tokens; " A" to " D" are one token each."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -86,7 +91,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     """A folder with model/, lens/, forget.jsonl and retain.jsonl, to run the commands on; never written to."""
-    root = tmp_path_factory.mktemp("home")
+    return write_home(tmp_path_factory.mktemp("home"), tokenizer)
+
+
+def write_home(root: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """Fill a folder with what `home` says."""
     model = tiny_model()
     model.config.name_or_path = str(root / "model")
     save_model(model, tokenizer, root / "model")

@@ -20,7 +20,7 @@ import train
 from unlearn.errors import UserError, run_command
 from unlearn.lora import add_lora, load_adapter, merge_lora
 from unlearn.model import load_model
-from unlearn.run_folder import ATTACK, LENS, RUN, check_output, open_run
+from unlearn.run_folder import ATTACK, LENS, RUN, begin, check_output
 
 ROOT = Path(__file__).parent.parent
 INPUT = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
@@ -100,7 +100,8 @@ def trained(home: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_run_folder(trained: Path) -> None:
-    assert {path.name for path in trained.iterdir()} == {"config.json", "metrics.jsonl", "model", "adapter", "evals"}
+    names = {"config.json", "run.json", "metrics.jsonl", "model", "adapter", "evals"}
+    assert {path.name for path in trained.iterdir()} == names
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "forget_loss" in line]
     assert [line["step"] for line in steps] == [0, 1, 2]
@@ -178,6 +179,8 @@ def test_fit_lens_is_read_by_train(home: Path, tmp_path: Path, attempt: Callable
         assert tuned["kl"] < plain["kl"]
     assert attempt(*flags(home, tmp_path / "run", lens=tmp_path / "lens")) == ""
     result = run(*fit)
+    assert result.returncode == 0 and "finished before: tuned lens" in result.stdout
+    result = run(*fit, "--resume", "never")
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "python -m unlearn: error: expected a new folder for --output" in result.stderr
 
@@ -236,7 +239,7 @@ def test_flag_mistakes(home: Path, tmp_path: Path) -> None:
 
 def test_existing_output_is_kept(home: Path, tmp_path: Path, attempt: Callable[..., str]) -> None:
     folder = tmp_path / "run"
-    open_run(check_output(str(folder), False), {"clip": float("inf")})
+    begin(check_output(str(folder), False), {"clip": float("inf"), "overwrite": False}, "none", {}, {})
     (folder / "model").mkdir()
     assert "found an earlier run" in attempt(*flags(home, folder))
     assert (folder / "model").is_dir()
@@ -265,7 +268,7 @@ def test_outputs_that_would_destroy_something(home: Path, tmp_path: Path, attemp
 def test_output_may_be_a_mount_point_or_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    open_run(check_output(str(tmp_path / "link"), False), {"seed": 1})
+    begin(check_output(str(tmp_path / "link"), False), {"seed": 1, "overwrite": False}, "none", {}, {})
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "config.json").is_file()
     monkeypatch.chdir(tmp_path / "real")
     assert check_output(".", True) == tmp_path / "real"
@@ -291,8 +294,9 @@ def test_interrupted_run_leaves_no_model(home: Path, tmp_path: Path) -> None:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and "train.py: interrupted" in error and "Traceback" not in error
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", "metrics.jsonl"]
+    assert process.returncode == 130 and "the same command goes on from there" in error and "Traceback" not in error
+    names = ["PREEMPTED", "checkpoints", "config.json", "metrics.jsonl", "run.json"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == names
 
 
 def test_nan_weights_are_refused(home: Path, tmp_path: Path, attempt: Callable[..., str]) -> None:

@@ -46,6 +46,13 @@ class Corpus:
     documents: int
     windows: list[np.ndarray]
 
+    def sha256(self) -> str:
+        """Digest of every window's length and token ids, in their order."""
+        digest = hashlib.sha256()
+        for window in self.windows:
+            digest.update(len(window).to_bytes(8, "little") + np.ascontiguousarray(window, dtype="<i4").tobytes())
+        return digest.hexdigest()
+
 
 @dataclass(frozen=True)
 class Rows:

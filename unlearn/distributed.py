@@ -4,9 +4,11 @@ Everything here also works without torchrun: one process is rank 0 of 1, and eve
 """
 
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,7 +16,11 @@ from torch import Tensor
 
 from unlearn.errors import UserError
 
-TIMEOUT = timedelta(minutes=30)  # a stopped rank makes the others fail after this, instead of hanging for ever
+# A stopped rank makes the others fail after this, instead of hanging for ever: up to the end of the first step, which
+# includes loading and compiling, and from then on.
+TIMEOUT, STEP_TIMEOUT = timedelta(minutes=30), timedelta(minutes=10)
+
+Value = TypeVar("Value")
 
 
 def rank() -> int:
@@ -44,7 +50,7 @@ def process_group() -> Iterator[torch.device]:
     """Join torchrun's process group for the length of the block (NCCL on CUDA, gloo on CPU); yield this rank's device.
 
     Outside torchrun nothing is joined, unless sharding makes a group of one. The group is left when the block ends,
-    whatever ended it.
+    unless it ends in an error of this rank alone: leaving would make the others fail, and speak, before it does.
     """
     device = local_device()
     if device.type == "cuda":
@@ -56,8 +62,16 @@ def process_group() -> Iterator[torch.device]:
     try:
         yield device
     finally:
-        if outermost and dist.is_initialized():
+        alone = isinstance(sys.exception(), Exception) and not isinstance(sys.exception(), UserError)
+        if outermost and dist.is_initialized() and not (alone and world_size() > 1):
             dist.destroy_process_group()
+
+
+def set_timeout(timeout: timedelta) -> None:
+    """Let every collective from now on fail if it takes longer than `timeout`."""
+    if dist.is_initialized():
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def barrier() -> None:
@@ -140,15 +154,21 @@ def fail_together() -> Iterator[None]:
     except UserError as error:
         sentence = str(error)
     finally:  # whatever else it was leaves with its own traceback, once the other ranks know
-        sentences = _gather(sentence)
+        sentences = gather(sentence)
     for found in sentences:
         if found is not None:
             raise UserError(found)
 
 
-def _gather(sentence: str | None) -> list[str | None]:
+def gather(value: Value) -> list[Value]:
+    """Every rank's `value`, by rank."""
     if world_size() == 1:
-        return [sentence]
-    sentences: list[str | None] = [None] * world_size()
-    dist.all_gather_object(sentences, sentence)
-    return sentences
+        return [value]
+    values: list[Value] = [value] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value: Value) -> Value:
+    """Rank 0's `value`."""
+    return gather(value)[0]

@@ -64,23 +64,28 @@ def atomic_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling of `folder` to write into; rename it to `folder` when the block succeeds.
 
     Whatever ends the block early, nothing new is left under either name. The final name must be free, unless `replace`
-    is set: what bears it is then removed just before the renaming.
+    is set: what bears it is then renamed to `<folder>.old.tmp`, and removed after the renaming.
 
     Raises:
         UserError: the disk is full or the place is not writable.
     """
-    temporary = temporary_name(folder)
+    temporary, old = temporary_name(folder), folder.with_name(folder.name + ".old.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     try:
         with writing(folder):
             temporary.mkdir(parents=True)
             yield temporary
-            _sync(temporary)
+            for file in temporary.rglob("*"):
+                sync(file)
+            sync(temporary)
             if replace and folder.exists():
-                shutil.rmtree(folder)
+                folder.rename(old)
             temporary.rename(folder)
+            sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def temporary_name(folder: Path) -> Path:
@@ -114,10 +119,10 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _sync(folder: Path) -> None:
-    """Flush every file of `folder` to disk, so that a rename never uncovers an empty file."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            descriptor = os.open(file, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to disk, so that a rename never uncovers an empty file."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -3,20 +3,18 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from unlearn.config import CorpusFlags
+from unlearn.config import CorpusFlags, ResumeFlags
 from unlearn.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitLensConfig(CorpusFlags):
+class FitLensConfig(CorpusFlags, ResumeFlags):
     """Train a tuned lens for a model, on forget and retain text together."""
 
     model: str
     """Model to read: a local folder or a hub name."""
     output: str
-    """New folder for the lens: params.safetensors, params.pt, config.json, fit.json."""
-    overwrite: bool = False
-    """Replace an earlier lens in --output."""
+    """New folder for the lens: params.safetensors, params.pt, config.json, fit.json; fitting/ is for going on."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     steps: int = 250
@@ -39,6 +37,7 @@ class FitLensConfig(CorpusFlags):
             if getattr(self, name) < 1:
                 raise UserError(f"expected --{name.replace('_', '-')} to be 1 or more; found {getattr(self, name)}")
         self.check_text()
+        self.check_resume()
         if not 0.0 < self.lr < float("inf"):
             raise UserError(f"expected --lr above 0; found {self.lr}")
         if self.seq_len < 3 or self.seed < 0:

@@ -5,19 +5,23 @@ model's. A tenth of the windows is held out: KL and top-1 agreement on it are re
 """
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from unlearn.attempt import Attempt, attempt
 from unlearn.data import Batches, Corpus, Rows, check_examples, read_corpus
 from unlearn.distributed import all_sum, fail_together, is_main, process_group
 from unlearn.errors import UserError
-from unlearn.files import atomic_folder, write_json
+from unlearn.files import atomic_folder, write_json, writing
 from unlearn.fit_config import FitLensConfig
 from unlearn.lens import TunedLens
 from unlearn.losses import kl_divergence, logits_of
@@ -25,8 +29,10 @@ from unlearn.metrics import MetricsLog
 from unlearn.model import load_model, load_tokenizer, residual_streams
 from unlearn.optim.build import BETAS, EPS, linear_schedule
 from unlearn.precision import DTYPES
-from unlearn.run_folder import LENS, check_output
+from unlearn.preflight import files_hash
+from unlearn.run_folder import FITTING, LENS, MARKER, check_output
 from unlearn.trainer import train
+from unlearn.weights import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -101,22 +107,39 @@ def fit_lens(config: FitLensConfig) -> None:
     """
     inputs = (config.model, config.forget, config.retain)
     with process_group() as device:
-        output = check_output(config.output, config.overwrite, LENS, inputs)
-        tokenizer = load_tokenizer(config.model, revision=config.revision)
-        corpora = [
-            read_corpus(name, tokenizer, seq_len=config.seq_len, column=column, template=template)
-            for name, column, template in (
-                (config.forget, config.forget_column, config.forget_template),
-                (config.retain, config.retain_column, config.retain_template),
-            )
-        ]
-        training, held_out = _split(config, corpora)
-        model = load_model(config.model, revision=config.revision, dtype=DTYPES[config.dtype], device=device)
-        model.requires_grad_(False)
-        lens = TunedLens.identity(model).float()
-        plain = measure(model, lens, held_out)
-        _train(config, model, lens, training)
-        _close(config, output, lens.to(DTYPES[config.dtype]), plain, measure(model, lens, held_out))
+        output = Path(config.output).expanduser()
+        known = (output / "fitting/config.json").exists() or not (output / "config.json").exists()
+        output = check_output(config.output, config.overwrite, LENS, inputs, resumes=config.resumes and known)
+        place = str(output / "fitting")
+        with attempt(config, place, FITTING, inputs, device, marker=output / MARKER) as this:
+            if not this.finished:
+                _fit(config, output, this)
+            if is_main():
+                print(f"{'finished before: ' if this.finished else ''}tuned lens: {output}")
+
+
+def _fit(config: FitLensConfig, output: Path, this: Attempt) -> None:
+    tokenizer = load_tokenizer(config.model, revision=config.revision)
+    corpora = {
+        which: read_corpus(name, tokenizer, seq_len=config.seq_len, column=column, template=template)
+        for which, name, column, template in (
+            ("forget", config.forget, config.forget_column, config.forget_template),
+            ("retain", config.retain, config.retain_column, config.retain_template),
+        )
+    }
+    training, held_out = _split(config, list(corpora.values()))
+    model = load_model(config.model, revision=config.revision, dtype=DTYPES[config.dtype], device=this.device)
+    model.requires_grad_(False)
+    lens = TunedLens.identity(model).float()
+    lens.translators.requires_grad_(True)
+    optimizer = torch.optim.AdamW(lens.translators.parameters(), lr=config.lr, betas=BETAS, eps=EPS, weight_decay=0.0)
+    identity = {f"{which} corpus": corpus.sha256() for which, corpus in corpora.items()}
+    identity["model"] = files_hash(Checkpoint.open(config.model, revision=config.revision).paths())
+    this.claim(identity, {"adamw": optimizer}, 0)
+    plain = measure(model, lens, held_out)
+    _train(config, model, lens, training, {"adamw": optimizer}, this)
+    _close(config, output, lens.to(DTYPES[config.dtype]), plain, measure(model, lens, held_out))
+    this.finish()
 
 
 def _split(config: FitLensConfig, corpora: list[Corpus]) -> tuple[Batches, Batches]:
@@ -143,18 +166,27 @@ def _split(config: FitLensConfig, corpora: list[Corpus]) -> tuple[Batches, Batch
     )
 
 
-def _train(config: FitLensConfig, model: PreTrainedModel, lens: TunedLens, batches: Batches) -> None:
-    lens.translators.requires_grad_(True)
-    optimizer = torch.optim.AdamW(lens.translators.parameters(), lr=config.lr, betas=BETAS, eps=EPS, weight_decay=0.0)
+def _train(
+    config: FitLensConfig,
+    model: PreTrainedModel,
+    lens: TunedLens,
+    batches: Batches,
+    optimizers: dict[str, Optimizer],
+    this: Attempt,
+) -> None:
     with MetricsLog(None, config.steps, "fitting the lens") as log:
+        checkpoints = this.checkpoints(lens.translators, optimizers, log, config.steps)
         train(
             lens.translators,
             FitObjective(model, lens, batches),
-            {"adamw": optimizer},
+            optimizers,
             steps=config.steps,
             schedule=linear_schedule(config.steps, warmup_ratio=0.05),
             log=log,
             clip=1.0,
+            first=checkpoints.resume().step,
+            checkpoints=checkpoints,
+            timeout=timedelta(seconds=config.step_timeout),
         )
     lens.requires_grad_(False)
 
@@ -170,7 +202,12 @@ def _close(
         print("held out   KL (nats)            top-1 agreement\nlayer      logit lens    tuned  logit lens    tuned")
         for layer, (before, after) in enumerate(zip(plain, tuned, strict=True)):
             print(f"{layer:5d} {before['kl']:15.3f} {after['kl']:8.3f} {before['top1']:11.3f} {after['top1']:8.3f}")
-        with atomic_folder(output, replace=config.overwrite) as temporary:
+        whole = output / "fitting/lens"
+        with atomic_folder(whole, replace=True) as temporary:
             lens.save(temporary)
             write_json(temporary / "fit.json", report)
-        print(f"tuned lens: {output}")
+        with writing(output):  # a folder without config.json is no lens: it goes first and comes last
+            (output / "config.json").unlink(missing_ok=True)
+            for file in sorted(whole.iterdir(), key=lambda file: file.name == "config.json"):
+                os.replace(file, output / file.name)
+            whole.rmdir()

@@ -1,6 +1,7 @@
 """What a run says while it works: one JSON line a step, and a progress bar on rank 0."""
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,8 +9,9 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from unlearn.distributed import is_main
-from unlearn.files import writing
+from unlearn.distributed import fail_together, is_main
+from unlearn.errors import UserError
+from unlearn.files import sync, writing
 
 
 class MetricsLog:
@@ -31,6 +33,34 @@ class MetricsLog:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
+
+    def position(self) -> tuple[int, float]:
+        """(length of the file in bytes, once it is on disk; seconds since the start)."""
+        length = 0
+        if self._path is not None and self._path.exists():
+            sync(self._path)
+            length = self._path.stat().st_size
+        return length, round(time.monotonic() - self._start, 3)
+
+    def go_back(self, length: int, step: int, seconds: float) -> None:
+        """Continue at an earlier `position`, when `step` steps were done: later lines are cut off. All ranks call this.
+
+        Raises:
+            UserError: the file is shorter than that.
+        """
+        self._start = time.monotonic() - seconds
+        self._bar.update(step)
+        with fail_together():
+            if self._path is not None:
+                found = self._path.stat().st_size if self._path.exists() else 0
+                if found < length:
+                    raise UserError(
+                        f"expected {length} bytes or more in {self._path}, as when the checkpoint was made; found "
+                        f"{found}: put the file back, or start anew with --overwrite --resume never"
+                    )
+                if found > length:
+                    with writing(self._path):
+                        os.truncate(self._path, length)
 
     def advance(self) -> None:
         """One step is done."""

@@ -1,24 +1,44 @@
-"""The folder that a command fills: checked before any work, claimed before the first step."""
+"""The folder that a command fills: checked before any work, claimed before the first step, known again by the same
+command when it is started again."""
 
+import json
 import math
+import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from unlearn.distributed import barrier, fail_together, is_main
+from unlearn.distributed import barrier, fail_together, from_main, is_main, world_size
 from unlearn.errors import UserError
 from unlearn.files import write_json, writing
 
-RUN = frozenset(
-    ("config.json", "metrics.jsonl", "checkpoints", "model", "adapter", "evals", "lens.json", "report.html")
+MARKER = "PREEMPTED"  # left by a run that was told to stop, for launch/slurm.sh
+RESUMABLE = frozenset(("config.json", "run.json", "metrics.jsonl", "checkpoints", MARKER))
+RUN = RESUMABLE | {"model", "adapter", "evals", "lens.json", "report.html"}
+ATTACK = RESUMABLE | {"attack.json", "attack.png", "model"}
+FITTING = RESUMABLE | {"lens"}  # in a folder of its own inside a lens's, whose config.json says other things
+LENS = frozenset(("params.safetensors", "params.pt", "config.json", "fit.json", "fitting", MARKER))
+
+# Flags that may differ between the attempts of one run: they change where things lie and how they are computed, and the
+# result by no more than rounding.
+FREE = frozenset(
+    "output overwrite resume save_every keep step_timeout data_dir include_path micro_batch micro_tokens shard "
+    "shard_size offload_reference checkpoint_activations compile_blocks".split()
 )
-ATTACK = frozenset(("config.json", "metrics.jsonl", "attack.json", "attack.png", "model"))
-LENS = frozenset(("params.safetensors", "params.pt", "config.json", "fit.json"))
+
+Earlier = Literal["none", "unfinished", "finished"]
 
 
-def check_output(output: str, overwrite: bool, own: Iterable[str] = RUN, inputs: Iterable[str | None] = ()) -> Path:
+def check_output(
+    output: str,
+    overwrite: bool,
+    own: Iterable[str] = RUN,
+    inputs: Iterable[str | None] = (),
+    *,
+    resumes: bool = False,
+) -> Path:
     """The folder for a command's output; raises `UserError`, without touching anything, if it may not be written.
 
     An earlier output is only replaced with --overwrite; a folder that holds anything else, or something that this
@@ -27,18 +47,19 @@ def check_output(output: str, overwrite: bool, own: Iterable[str] = RUN, inputs:
     Args:
         own: names that this command writes.
         inputs: paths that it reads.
+        resumes: an earlier output is no mistake; `earlier_run` looks at it.
     """
     folder = Path(output).expanduser().absolute()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"expected a folder for --output; found the file {output}: choose another name")
     found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    strange = [name for name in found if name.removesuffix(".tmp") not in own]
+    strange = [name for name in found if name.removesuffix(".tmp").removesuffix(".old") not in own]
     if strange:
         raise UserError(
             f"expected a new folder for --output, or what this command wrote there earlier; found {strange[0]!r} in "
             f"{output}: choose another name"
         )
-    if found and not overwrite:
+    if found and not overwrite and not resumes:
         raise UserError(
             f"expected a new folder for --output; found an earlier run in {output}: choose another name, "
             "or give --overwrite to replace it"
@@ -57,17 +78,135 @@ def _try_writing(folder: Path) -> None:
         pass
 
 
-def open_run(folder: Path, config: dict[str, Any]) -> None:
-    """Empty or create the folder of a run that passed `check_output`, and write its flags (infinity as the word).
+def earlier_run(folder: Path, config: Mapping[str, Any], *, resumes: bool) -> Earlier:
+    """What became of an earlier run of this very command in `folder`; `none` also where a new run replaces it.
 
-    The folder itself stays, as it may be a mount point. Rank 0 does it for all.
+    Args:
+        config: the flags. resumes: whether such a run goes on (--resume auto).
+
+    Raises:
+        UserError: on every rank, if there is a run with other flags, and no --overwrite.
+    """
+    earlier: Earlier = "none"
+    with fail_together():
+        if is_main() and resumes:
+            earlier = _look(folder, config)
+    return from_main(earlier)
+
+
+def _look(folder: Path, config: Mapping[str, Any]) -> Earlier:
+    found = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    if {name for name in found if not name.endswith(".tmp")} <= {"run.json", MARKER}:
+        return "none"  # an earlier attempt came no further than claiming the folder
+    stored, recorded = _read(folder / "config.json"), _read(folder / "run.json")
+    if stored is None or recorded is None:
+        difference = "no readable config.json and run.json"
+    else:
+        difference = _difference(stored, _as_json(config))
+    if not difference and recorded is not None:
+        return "finished" if recorded.get("finished") else "unfinished"
+    if config["overwrite"]:
+        return "none"
+    raise UserError(
+        f"expected a new folder for --output, or the flags of the run that is there; found an earlier run in {folder} "
+        f"with {difference}: give its flags to go on with it, choose another name, or give --overwrite to replace it"
+    )
+
+
+def _difference(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """The flags in which the two differ, "" if in none that matters."""
+    names = [name for name in (*given, *stored) if name not in FREE and stored.get(name) != given.get(name)]
+    flags = {f"--{name.replace('_', '-')} {_word(stored, name)}, not {_word(given, name)}": None for name in names}
+    return "; ".join(flags)
+
+
+def _word(flags: Mapping[str, Any], name: str) -> str:
+    value = flags.get(name)
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags as they stand in config.json (infinity as the word)."""
+    return json.loads(json.dumps({key: "inf" if value == math.inf else value for key, value in config.items()}))
+
+
+def begin(
+    folder: Path, config: Mapping[str, Any], earlier: Earlier, identity: Mapping[str, str], facts: Mapping[str, Any]
+) -> None:
+    """Claim a folder that passed `check_output`: empty it for a new run, or go on with the unfinished one in it.
+
+    config.json is written last and removed first: a folder that has it belongs to the run that it describes. The
+    folder itself stays, as it may be a mount point. Rank 0 does it for all.
+
+    Args:
+        earlier: of `earlier_run`.
+        identity: digests of what the run reads: it goes on only with the same.
+        facts: what else run.json should say of this attempt, e.g. versions.
+
+    Raises:
+        UserError: the unfinished run had read something else, and there is no --overwrite.
     """
     with fail_together():
         if is_main():
+            recorded = _same_run(folder, identity, bool(config["overwrite"])) if earlier == "unfinished" else None
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                for entry in folder.iterdir():
-                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-            flags = {key: "inf" if value == math.inf else value for key, value in config.items()}
-            write_json(folder / "config.json", flags)
+                _empty(folder) if recorded is None else _tidy(folder)
+            recorded = recorded or {"identity": dict(identity), "finished": False, "attempts": []}
+            recorded["attempts"].append(dict(facts) | {"ranks": world_size()})
+            write_json(folder / "run.json", recorded)
+            write_json(folder / "config.json", _as_json(config))
     barrier()
+
+
+def _same_run(folder: Path, identity: Mapping[str, str], overwrite: bool) -> dict[str, Any] | None:
+    """run.json of an unfinished run if it has read the same; None if it has not, and may be replaced."""
+    recorded = _read(folder / "run.json")
+    assert recorded is not None, "`earlier_run` has read it"
+    before = recorded["identity"]
+    odd = [key for key in identity | before if identity.get(key) != before.get(key)]
+    if not odd:
+        return recorded
+    if overwrite:
+        return None
+    raise UserError(
+        f"expected the {odd[0]} that the run in {folder} began with (sha256 {str(before.get(odd[0]))[:12]}); found "
+        f"another ({str(identity.get(odd[0]))[:12]}): put it back, choose another --output, or give --overwrite to "
+        "start anew"
+    )
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what an attempt that was killed left half done."""
+    for entry in (*folder.glob("*.tmp"), *folder.glob("*/*.tmp")):
+        _remove(entry)
+
+
+def _empty(folder: Path) -> None:
+    (folder / "config.json").unlink(missing_ok=True)
+    for entry in folder.iterdir():
+        _remove(entry)
+
+
+def _remove(entry: Path) -> None:
+    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def finish_run(folder: Path) -> None:
+    """Record that the run is finished, and remove its checkpoints."""
+    with fail_together():
+        if is_main():
+            recorded = _read(folder / "run.json")
+            assert recorded is not None, f"{folder} was claimed by `begin`"
+            write_json(folder / "run.json", recorded | {"finished": True})
+            if (folder / "checkpoints").is_dir():
+                os.replace(folder / "checkpoints", folder / "checkpoints.tmp")
+                shutil.rmtree(folder / "checkpoints.tmp")

@@ -3,6 +3,8 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from datetime import timedelta
 from typing import Protocol
 
 import torch
@@ -11,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from unlearn.distributed import all_sum, all_true, sum_gradients
+from unlearn.checkpoint import Checkpoints
+from unlearn.distributed import STEP_TIMEOUT, all_sum, all_true, set_timeout, sum_gradients
 from unlearn.errors import UserError
 from unlearn.metrics import MetricsLog
 from unlearn.optim.build import Schedule, set_learning_rates
@@ -49,6 +52,9 @@ def train(
     log_every: int = 1,
     evaluate: Evaluate | None = None,
     eval_every: int | None = None,
+    first: int = 0,
+    checkpoints: Checkpoints | None = None,
+    timeout: timedelta = STEP_TIMEOUT,
 ) -> None:
     """Run `steps` optimizer steps on parameters that are replicated, or all sharded over one mesh.
 
@@ -59,31 +65,39 @@ def train(
         clip: largest 2-norm of the whole gradient.
         evaluate: called with the number of steps done, every `eval_every` of them, the first time before any; what
             the last step leaves is the caller's to measure.
+        first: steps that were done before, in a run that goes on.
+        checkpoints: told after every step; while there are any, a signal to stop waits for the step's end.
+        timeout: how long ranks wait for each other after the first step.
 
     Raises:
+        SystemExit: the run was told to stop, and is saved.
         UserError: a loss or gradient is not finite on some rank; no weight of that step has then been changed.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for step in range(steps):
-        if evaluate is not None and eval_every is not None and step % eval_every == 0:
-            evaluate(step)
-        started = time.monotonic()
-        model.train()
-        metrics = backward(parameters, objective, step)
-        norm = check_gradients(parameters, metrics, step)
-        clip_gradients(parameters, clip, norm)
-        factor = schedule(step)
-        set_learning_rates(list(optimizers.values()), factor)
-        for optimizer in optimizers.values():
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if step % log_every == 0 or step == steps - 1:
-            line = {"step": step} | summed(metrics, norm.device) | dict(objective.settings(step))
-            line["gradient_norm"] = norm.item()
-            line |= {f"{name}_lr": built.param_groups[0]["lr"] for name, built in optimizers.items()}
-            line["tokens_per_second"] = line.pop("tokens", 0.0) / (time.monotonic() - started)
-            log.write(line, shown=("forget_loss", "retain_loss", "loss"))
-        log.advance()
+    with checkpoints.stop.deferred() if checkpoints is not None else nullcontext():
+        for step in range(first, steps):
+            if evaluate is not None and eval_every is not None and step % eval_every == 0:
+                evaluate(step)
+            started = time.monotonic()
+            model.train()
+            metrics = backward(parameters, objective, step)
+            norm = check_gradients(parameters, metrics, step)
+            clip_gradients(parameters, clip, norm)
+            set_learning_rates(list(optimizers.values()), schedule(step))
+            for optimizer in optimizers.values():
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            if step % log_every == 0 or step == steps - 1:
+                line = {"step": step} | summed(metrics, norm.device) | dict(objective.settings(step))
+                line["gradient_norm"] = norm.item()
+                line |= {f"{name}_lr": built.param_groups[0]["lr"] for name, built in optimizers.items()}
+                line["tokens_per_second"] = line.pop("tokens", 0.0) / (time.monotonic() - started)
+                log.write(line, shown=("forget_loss", "retain_loss", "loss"))
+            log.advance()
+            if step == first:
+                set_timeout(timeout)
+            if checkpoints is not None:
+                checkpoints.after(step + 1)
     model.eval()
 
 

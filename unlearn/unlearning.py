@@ -28,6 +28,7 @@ from unlearn.model import (
 from unlearn.objectives.lens import LensObjective
 from unlearn.optim.build import assignment, build_optimizers
 from unlearn.precision import DTYPES
+from unlearn.preflight import files_hash, tensors_hash
 from unlearn.sharding import is_sharded, shard_mesh
 from unlearn.weights import Checkpoint, fill, shared_folder
 
@@ -42,6 +43,7 @@ class Unlearning:
     objective: LensObjective
     optimizers: dict[str, Optimizer]
     steps: int
+    identity: dict[str, str]  # digests of what was read
 
     @property
     def autocast(self) -> Callable[[], AbstractContextManager[object]]:
@@ -78,7 +80,12 @@ def build(config: TrainConfig, device: torch.device) -> Unlearning:
         method=config.muon_method or "gram",
         qkv=config.muon_qkv or "fused",
     )
-    return Unlearning(config, model, tokenizer, objective, optimizers, objective.coefficients.steps)
+    identity = {
+        "model": files_hash(checkpoint.paths()),
+        "lens": tensors_hash(dict(lens.translators.named_parameters())),
+    }
+    identity |= {f"{name} corpus": of_name.corpus.sha256() for name, of_name in batches.items()}
+    return Unlearning(config, model, tokenizer, objective, optimizers, objective.coefficients.steps, identity)
 
 
 def _check_memory(config: TrainConfig, device: torch.device) -> None:
@@ -156,15 +163,20 @@ def _lora_line(run: Unlearning) -> str:
     return f" (LoRA rank {run.config.lora_rank} on {count} layers)" if count else " (full training)"
 
 
+def export_bytes(run: Unlearning) -> int:
+    """Size of what `finish` writes, but for the adapter."""
+    return sum(parameter.numel() for parameter in run.model.parameters()) * DTYPES[run.config.dtype].itemsize
+
+
 def finish(run: Unlearning, folder: Path) -> None:
     """Write `adapter/`, then turn the live model into what is exported (adapters merged, weights in --dtype) and write
-    `model/`. After this, the live model and the exported one are the same."""
+    `model/`, in place of what an earlier attempt left. After this, the live model and the exported one are the same."""
     if run.config.lora_rank > 0:
-        with shared_folder(folder / "adapter") as temporary:
+        with shared_folder(folder / "adapter", replace=True) as temporary:
             save_adapter(run.model, temporary, run.config.model)
         merge_lora(run.model)
     dtype = DTYPES[run.config.dtype]
     if not is_sharded(run.model):  # a sharded model computes with its weights rounded as they are exported
         cast_parameters(run.model, dtype)
-    with shared_folder(folder / "model") as temporary:
+    with shared_folder(folder / "model", replace=True) as temporary:
         save_model(run.model, run.tokenizer, temporary, dtype)

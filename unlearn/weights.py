@@ -75,6 +75,10 @@ class Checkpoint:
             )
         return cls(path, folder, files)
 
+    def paths(self) -> list[Path]:
+        """The files that the tensors are in."""
+        return sorted({self.folder / name for name in self.files.values()})
+
     def key(self, name: str, config: PretrainedConfig) -> str | None:
         """The name on disk of the tensor called `name` in memory, None if it is not there."""
         renamed = name

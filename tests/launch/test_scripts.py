@@ -196,13 +196,9 @@ def _wait_for(file: Path, seconds: float = 60.0) -> None:
 def test_slurm_on_one_node_and_on_two() -> None:
     train = ["train.py", "--output", "runs/a", "--forget-template", '{title}\'s "x"']
     (one,) = commands(call(LAUNCH / "slurm.sh", "--dry-run", *train))
-    assert one[0] == "srun" and "--kill-on-bad-exit=1" in one and one[one.index(str(LAUNCH / "node.sh")) + 1 :] == train
-    settings = {
-        "SLURM_NNODES": "2",
-        "SLURM_JOB_ID": "1234",
-        "SLURM_RESTART_COUNT": "3",
-        "RESUME_FLAGS": "--resume auto",
-    }
+    assert one[0] == "srun" and "--kill-on-bad-exit=1" in one
+    assert one[one.index(str(LAUNCH / "node.sh")) + 1 :] == [*train, "--resume", "auto"]
+    settings = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "1234", "SLURM_RESTART_COUNT": "3"}
     (two,) = commands(call(LAUNCH / "slurm.sh", "--dry-run", "--ranks", "4", *train, **settings))
     assert two[-len(train) - 2 :] == [*train, "--resume", "auto"]
     assert value(two, "--id") == "1234.3" and value(two, "--nodes") == "2" and value(two, "--ranks") == "4"
@@ -212,11 +208,27 @@ def test_slurm_on_one_node_and_on_two() -> None:
     assert 15000 <= port < 32768 and value(later, "--endpoint") != f"HEAD:{port}"
 
 
+@pytest.mark.parametrize(
+    ("command", "resumes"),
+    [
+        ("evals/tamper.py --output a", True),
+        ("-m unlearn fit-lens --output a", True),
+        ("evals/run.py --out a", False),
+        ("-m unlearn report a", False),
+        ("train.py --output a --resume never", False),
+        ("train.py --output a --resume=never", False),
+    ],
+)
+def test_what_can_go_on_is_told_to(command: str, resumes: bool) -> None:
+    (words,) = commands(call(LAUNCH / "slurm.sh", "--dry-run", *command.split()))
+    assert (words[-2:] == ["--resume", "auto"]) == resumes
+
+
 def test_an_array_takes_one_line_each(tmp_path: Path) -> None:
     (tmp_path / "grid.txt").write_text("# two runs\ntrain.py --output a\n\ntrain.py --output 'b c'\n")
     words = [LAUNCH / "slurm.sh", "--dry-run", "--list", tmp_path / "grid.txt"]
     (second,) = commands(call(*words, SLURM_ARRAY_TASK_ID="2"))
-    assert second[-2:] == ["--output", "b c"]
+    assert second[-5:] == ["train.py", "--output", "b c", "--resume", "auto"]
     assert "within 1-2" in call(*words, SLURM_ARRAY_TASK_ID="3", code=2)
     assert "found both" in call(*words, "train.py", code=2)
 

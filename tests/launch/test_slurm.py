@@ -218,6 +218,30 @@ def test_one_node_and_two_train_the_same_model(tmp_path: Path, world: Path) -> N
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_train_py_is_requeued_and_ends_in_the_same_bits(tmp_path: Path, world: Path) -> None:
+    """The real run, told by USR1 on two nodes in the middle of its steps, against an undisturbed one."""
+    longer = ["--examples", "640", "--save-every", "0"]
+    runs = [tmp_path / "whole", tmp_path / "stopped"]
+    whole, stopped = (
+        submit(*(tmp_path / f"{run.name}.txt", "--nodes=2", SLURM_SH, "--ranks", 1), *training(world, run), *longer)
+        for run in runs
+    )
+    until(lambda: ended(whole), 300)
+    log = runs[1] / "metrics.jsonl"
+    until(lambda: log.exists() and len(log.read_text().splitlines()) > 3, 300)
+    text_of("scancel", "--signal=USR1", stopped)
+    until(lambda: shown(stopped, "JobState") == "PENDING" and shown(stopped, "Restarts") == "1")
+    assert (runs[1] / "PREEMPTED").exists()
+    time.sleep(3)
+    text_of("scontrol", "update", f"JobId={stopped}", "StartTime=now")
+    until(lambda: ended(stopped), 300)
+    assert [shown(job, "JobState") for job in (whole, stopped)] == ["COMPLETED"] * 2
+    assert not (runs[1] / "PREEMPTED").exists()
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(40))
+    one, two = ((run / "model/model.safetensors").read_bytes() for run in runs)
+    assert one == two
+
+
 @pytest.mark.parametrize("fails", [False, True], ids=["whole", "middle-fails"])
 def test_a_chain_ends_in_a_report(tmp_path: Path, world: Path, fails: bool) -> None:
     data = f"--data-dir {world}/world/data --limit 8 --dtype fp32"

@@ -1,0 +1,404 @@
+"""Disturb runs of train.py at random moments, start each again with the same command, compare with undisturbed ones.
+
+    make chaos N=100                 or:  python tests/chaos.py --cases 100 --seed 0
+
+A case is a kind of run (LoRA or full, AdamW or Muon, 1 to 3 ranks), a disturbance and a moment, all drawn from the
+seed. It passes if the run, started again, ends in the same bits (model, adapter, evaluations) and its log has every
+line once, with the same numbers. Most cases fork their ranks and do what torchrun does when one of them fails, which
+saves importing torch again; every tenth goes through launch/node.sh. As root, the full disk is a small tmpfs; otherwise
+it is a limit on the size of files.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+KINDS = {
+    "lora-adamw": "--lora-rank 2",
+    "lora-muon": "--lora-rank 2 --optimizer muon",
+    "full-adamw": "",
+    "full-muon": "--optimizer muon",
+}
+FAULTS = ("kill", "kill", "kill", "kill", "term", "usr1", "twice", "stop", "disk")
+MOMENTS = ("any", "any", "saving", "saving", "exporting", "evaluating")
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+STEPS, SAVE_EVERY = 8, 2
+PATIENCE = 120.0  # seconds for one attempt
+STEP_TIMEOUT = 10  # seconds, after which the others give up a stopped rank
+
+
+@dataclass(frozen=True)
+class Case:
+    """One disturbed run."""
+
+    number: int
+    kind: str
+    ranks: int
+    fault: str
+    moment: str
+    share: float  # of the duration of an undisturbed run, for the moment `any`
+    rank: int
+    torchrun: bool
+
+    @classmethod
+    def draw(cls, seed: int, number: int) -> "Case":
+        rng = random.Random(f"{seed}/{number}")
+        ranks = rng.randint(1, 3)
+        return cls(
+            number,
+            rng.choice(list(KINDS)),
+            ranks,
+            rng.choice(FAULTS),
+            rng.choice(MOMENTS),
+            rng.uniform(0.0, 1.0),
+            rng.randrange(ranks),
+            number % 10 == 9,
+        )
+
+
+class Forked:
+    """The ranks of one attempt as forked processes; like torchrun, ends all of them when one fails."""
+
+    def __init__(self, words: list[str], ranks: int, log: Path, file_limit: int | None = None):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self._codes: dict[int, int] = {}
+        self.ranks = [self._fork(words, rank, ranks, port, log, file_limit) for rank in range(ranks)]
+        self._failed = 0.0
+
+    def _fork(self, words: list[str], rank: int, ranks: int, port: int, log: Path, file_limit: int | None) -> int:
+        pid = os.fork()
+        if pid > 0:
+            return pid
+        import torch
+
+        torch.set_num_threads(1)  # first of all: OpenMP's threads did not survive the fork
+        os.environ.update(ENVIRONMENT)
+        if ranks > 1:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        if file_limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+        code = 1
+        try:
+            import train
+            from unlearn.errors import run_command
+
+            sys.argv = words
+            run_command("train.py", train.main)
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def signal_all(self, number: int) -> None:
+        for pid in self.ranks:
+            self.signal(pid, number)
+
+    def signal(self, pid: int, number: int) -> None:
+        if pid not in self._codes:
+            os.kill(pid, number)
+
+    def poll(self) -> bool:
+        """Whether all ranks have ended."""
+        for pid in self.ranks:
+            if pid not in self._codes:
+                found, status = os.waitpid(pid, os.WNOHANG)
+                if found:
+                    self._codes[pid] = os.waitstatus_to_exitcode(status)
+        if not self._failed and any(self._codes.values()):
+            self._failed = time.monotonic()
+            self.signal_all(signal.SIGTERM)
+        if self._failed and time.monotonic() > self._failed + 8.0:
+            self.signal_all(signal.SIGKILL)
+        return len(self._codes) == len(self.ranks)
+
+    @property
+    def succeeded(self) -> bool:
+        return not any(self._codes.values())
+
+
+class Launched:
+    """The ranks of one attempt under launch/node.sh: torchrun where there are several."""
+
+    def __init__(self, words: list[str], ranks: int, log: Path):
+        command = [str(ROOT / "launch/node.sh"), "--ranks", str(ranks), *words]
+        environment = os.environ | ENVIRONMENT | {"PYTHON": sys.executable, "SHUTDOWN_SECONDS": "8"}
+        with log.open("a") as output:
+            self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+        self._several = ranks > 1
+
+    @property
+    def ranks(self) -> list[int]:
+        pid = self._process.pid
+        if not self._several:
+            return [pid]
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    def signal_all(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def signal(self, pid: int, number: int) -> None:
+        os.kill(pid, number)
+
+    def poll(self) -> bool:
+        return self._process.poll() is not None
+
+    @property
+    def succeeded(self) -> bool:
+        return self._process.returncode == 0
+
+
+def prepare(place: Path) -> None:
+    """A tiny model, lens, corpora and questions in `place`, and everything imported that a run imports."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    from conftest import tiny_tokenizer, write_home
+    from evals_support import question, write_wmdp
+
+    import evals.evaluation  # noqa: F401
+    import evals.summary  # noqa: F401
+    import train  # noqa: F401
+    import unlearn.attempt  # noqa: F401
+    import unlearn.unlearning  # noqa: F401
+
+    if not (place / "model").is_dir():
+        place.mkdir(parents=True, exist_ok=True)
+        write_home(place, tiny_tokenizer())
+        write_wmdp(place / "data", [question(index, answer=index % 4, said=None) for index in range(12)])
+
+
+def command(place: Path, kind: str, output: Path) -> list[str]:
+    paths = f"--model {place}/model --lens {place}/lens --forget {place}/forget.jsonl --retain {place}/retain.jsonl"
+    sizes = f"--layers 1 3 4 --seq-len 24 --batch 6 --micro-batch 2 --examples {6 * STEPS - 3} --dtype fp32"
+    questions = f"--eval-tasks wmdp_bio --eval-every 2 --data-dir {place}/data"
+    saving = f"--save-every {SAVE_EVERY} --keep 2 --step-timeout {STEP_TIMEOUT}"
+    return f"train.py {paths} {sizes} {questions} {saving} {KINDS[kind]} --output {output}".split()
+
+
+def result(run: Path) -> dict[str, Any]:
+    """What a run ends in: the digest of every file that it leaves, and its log without times."""
+    files = [file for name in ("model", "adapter", "evals") for file in sorted((run / name).rglob("*"))]
+    found: dict[str, Any] = {
+        str(file.relative_to(run)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()
+    }
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found["log"] = [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+    return found
+
+
+def check(run: Path, expected: dict[str, Any]) -> str:
+    """What is wrong with a finished run, "" if nothing is."""
+    left = sorted(path.name for path in run.iterdir())
+    clean = {"adapter", "config.json", "evals", "metrics.jsonl", "model", "run.json"}
+    if not set(left) <= clean:
+        return f"left behind: {sorted(set(left) - clean)}"
+    found = result(run)
+    steps = [line["step"] for line in found["log"] if "loss" in line]
+    if steps != list(range(STEPS)):
+        return f"steps in the log: {steps}"
+    odd = [name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)]
+    return f"differs in {', '.join(sorted(odd))}" if odd else ""
+
+
+def phase(run: Path) -> str:
+    """What a run is doing, as far as its folder tells."""
+    if not (run / "metrics.jsonl").exists():
+        return "loading"
+    if any(run.glob("checkpoints/*.tmp")):
+        return "saving"
+    if (run / "model.tmp").exists() or (run / "adapter.tmp").exists():
+        return "exporting"
+    if (run / "model").exists():
+        return "last evaluation"
+    done = _steps(run)
+    due = done % 2 == 0 and done < STEPS and not (run / f"evals/step-{done:06d}.json").exists()
+    return "evaluating" if due and (run / f"checkpoints/step-{done:06d}").exists() else "stepping"
+
+
+def _steps(run: Path) -> int:
+    try:
+        return sum('"loss"' in line for line in (run / "metrics.jsonl").read_text().splitlines())
+    except FileNotFoundError:
+        return 0
+
+
+class Chaos:
+    """Runs cases in `folder`; keeps the undisturbed runs to compare with."""
+
+    def __init__(self, folder: Path):
+        self._folder, self._home = folder, folder / "home"
+        self._expected: dict[tuple[str, int], tuple[dict[str, Any], float]] = {}
+        prepare(self._home)
+
+    def expected(self, kind: str, ranks: int) -> tuple[dict[str, Any], float]:
+        """(the result, the seconds) of the undisturbed run."""
+        if (kind, ranks) not in self._expected:
+            run = self._folder / f"{kind}-{ranks}"
+            started = time.monotonic()
+            job = Forked(command(self._home, kind, run), ranks, self._folder / f"{kind}-{ranks}.txt")
+            assert wait(job) and job.succeeded, (self._folder / f"{kind}-{ranks}.txt").read_text()
+            self._expected[kind, ranks] = result(run), time.monotonic() - started
+            assert check(run, self._expected[kind, ranks][0]) == ""
+        return self._expected[kind, ranks]
+
+    def run(self, case: Case) -> tuple[str, str]:
+        """(what the run was doing when it was disturbed, what is wrong with its end)."""
+        expected, seconds = self.expected(case.kind, case.ranks)
+        with disk(self._folder / f"case-{case.number}", case.fault == "disk") as place:
+            log = self._folder / f"case-{case.number}.txt"
+            words = command(self._home, case.kind, place / "run")
+            limit = 200_000 if case.fault == "disk" and not place.is_mount() else None
+            launched = case.torchrun and limit is None
+            job = Launched(words, case.ranks, log) if launched else Forked(words, case.ranks, log, limit)
+            doing = disturb(job, case, place, seconds + (8.0 if launched else 0.0))
+            if not wait(job):
+                return doing, "the disturbed attempt hung"
+            (place / "ballast").unlink(missing_ok=True)
+            told = case.fault in ("term", "usr1") and not job.succeeded and not launched
+            if told and doing != "loading" and not (place / "run/PREEMPTED").exists():
+                return doing, "no marker"
+            again = Launched(words, case.ranks, log) if launched else Forked(words, case.ranks, log)
+            if not wait(again):
+                return doing, "the second attempt hung"
+            if not again.succeeded:
+                return doing, "the second attempt failed"
+            return doing, check(place / "run", expected)
+
+
+def wait(job: Forked | Launched) -> bool:
+    """Wait for all ranks; kill them if they take too long, and say so."""
+    deadline = time.monotonic() + PATIENCE
+    while not job.poll():
+        if time.monotonic() > deadline:
+            for pid in job.ranks:
+                job.signal(pid, signal.SIGKILL)
+            while not job.poll():
+                time.sleep(0.05)
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def disturb(job: Forked | Launched, case: Case, place: Path, seconds: float) -> str:
+    """Wait for the moment, then do the fault; what the run was doing, or "ended" if the moment never came."""
+    run, started = place / "run", time.monotonic()
+    least = 1 if case.fault == "stop" else 0  # ranks wait half an hour for each other before the first step
+
+    def now() -> bool:
+        if case.moment == "any":
+            return time.monotonic() - started >= case.share * seconds and _steps(run) >= least
+        after = _steps(run) >= max(least, int(case.share * STEPS))
+        return phase(run) == case.moment and (after or case.moment == "exporting")
+
+    while not now():
+        if job.poll():
+            return "ended"
+        if time.monotonic() > started + PATIENCE:
+            return "ended"
+        time.sleep(0.001)
+    if case.moment == "evaluating":
+        time.sleep(case.share * 0.05)
+    doing = phase(run)
+    hit(job, case, place)
+    return doing
+
+
+def hit(job: Forked | Launched, case: Case, place: Path) -> None:
+    """Do the fault."""
+    pids = job.ranks
+    victim = pids[case.rank % len(pids)] if pids else 0
+    if case.fault == "kill" and victim:
+        job.signal(victim, signal.SIGKILL)
+    elif case.fault in ("term", "twice"):
+        job.signal_all(signal.SIGTERM)
+        if case.fault == "twice":
+            time.sleep(1.2)
+            if not job.poll():
+                job.signal_all(signal.SIGTERM)
+    elif case.fault == "usr1":
+        job.signal_all(signal.SIGUSR1)
+    elif case.fault == "stop" and victim:
+        job.signal(victim, signal.SIGSTOP)
+        if len(pids) == 1:
+            time.sleep(0.5)
+            job.signal(victim, signal.SIGKILL)
+    elif case.fault == "disk" and place.is_mount():
+        free = shutil.disk_usage(place).free
+        with suppress(OSError):  # the run may have taken the rest meanwhile
+            (place / "ballast").write_bytes(bytes(max(0, free - int(case.share * 200_000))))
+
+
+@contextmanager
+def disk(place: Path, small: bool) -> Iterator[Path]:
+    """A folder, on a disk of 16 MiB of its own if that is wanted and may be mounted."""
+    place.mkdir()
+    mounted = small and os.geteuid() == 0
+    if mounted:
+        words = ["mount", "-t", "tmpfs", "-o", "size=16m", "chaos", str(place)]
+        mounted = subprocess.run(words, capture_output=True).returncode == 0
+    try:
+        yield place
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(place)], check=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cases", type=int, default=100)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path)
+    flags = parser.parse_args()
+    folder = flags.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
+    chaos, table, failures = Chaos(folder), Counter[tuple[str, str]](), []
+    for number in range(flags.first, flags.first + flags.cases):
+        case = Case.draw(flags.seed, number)
+        started = time.monotonic()
+        doing, wrong = chaos.run(case)
+        table[case.fault, doing] += 1
+        failures += [(case, doing, wrong)] if wrong else []
+        how = "torchrun" if case.torchrun else "forked"
+        print(
+            f"{number:4d} {case.kind:10} {case.ranks} rank(s) {how:8} {case.fault:5} while {doing:15} "
+            f"{time.monotonic() - started:5.1f} s  {wrong or 'same bits'}",
+            flush=True,
+        )
+        if not wrong:
+            shutil.rmtree(folder / f"case-{number}")
+    print(f"\n{flags.cases} cases, {len(failures)} failed; logs in {folder}")
+    for (fault, doing), count in sorted(table.items()):
+        print(f"{fault:5} while {doing:15} {count:4d}")
+    raise SystemExit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""One attempt at a run: a command that is started, and perhaps killed, and started again with the same flags."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from unlearn.checkpoint import Checkpoints
+from unlearn.config import ResumeFlags
+from unlearn.distributed import is_main
+from unlearn.metrics import MetricsLog
+from unlearn.preflight import check_disk, check_ranks, checkpoint_bytes, code_hash, versions
+from unlearn.run_folder import MARKER, Earlier, begin, check_output, earlier_run, finish_run
+from unlearn.stopping import StopSignals
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """An attempt at the run in `folder`.
+
+    Attributes:
+        flags: of the command. facts: the code and the versions that it runs on.
+        earlier: whether an earlier attempt finished the run, or left it unfinished.
+        stop: listens to signals. marker: what it leaves where the run is stopped.
+    """
+
+    folder: Path
+    config: ResumeFlags
+    flags: dict[str, Any]
+    facts: dict[str, Any]
+    earlier: Earlier
+    stop: StopSignals
+    marker: Path
+    device: torch.device
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.earlier == "finished"
+
+    def claim(self, identity: Mapping[str, str], optimizers: Mapping[str, Optimizer], export: int) -> None:
+        """Take the folder, once everything is read and before the first step; see `run_folder.begin`.
+
+        Args:
+            identity: digests of what was read. export: bytes of what will be written at the end.
+
+        Raises:
+            UserError: ranks read different things, the disk is too small, or an earlier attempt read something else.
+        """
+        check_ranks(identity, self.device)
+        every, there = self.config.save_every, len(list(self.folder.glob("checkpoints/step-*")))
+        count = max(0, self.config.keep + 1 - there) if every else 0
+        check_disk(self.folder, checkpoint=checkpoint_bytes(optimizers), count=count, export=export)
+        begin(self.folder, self.flags, self.earlier, identity, self.facts)
+        if is_main():
+            self.marker.unlink(missing_ok=True)
+
+    def checkpoints(
+        self,
+        model: nn.Module,
+        optimizers: Mapping[str, Optimizer],
+        log: MetricsLog,
+        steps: int,
+        extra: Callable[[], dict[str, Any]] = dict,
+    ) -> Checkpoints:
+        """See `Checkpoints`."""
+        every, keep = self.config.save_every, self.config.keep
+        return Checkpoints(
+            self.folder, model, optimizers, log, steps=steps, every=every, keep=keep, stop=self.stop, extra=extra
+        )
+
+    def finish(self) -> None:
+        """Everything is written."""
+        finish_run(self.folder)
+
+
+@contextmanager
+def attempt(
+    config: Any,
+    output: str,
+    own: Iterable[str],
+    inputs: Iterable[str | None],
+    device: torch.device,
+    marker: Path | None = None,
+) -> Iterator[Attempt]:
+    """Look at the output folder and at the other ranks, and listen to signals for the length of the block.
+
+    Args:
+        config: the command's flags, a dataclass that is a `ResumeFlags`.
+        own, inputs: see `check_output`.
+        marker: by default in the output folder.
+
+    Raises:
+        UserError: the folder is not for this run, or ranks run different code, versions or flags.
+    """
+    folder = check_output(output, config.overwrite, own, inputs, resumes=config.resumes)
+    flags, facts = dataclasses.asdict(config), {"code": code_hash(), "versions": versions()}
+    check_ranks(facts | {"flags": flags}, device)
+    earlier = earlier_run(folder, flags, resumes=config.resumes)
+    if earlier == "finished":
+        finish_run(folder)  # which that attempt may not have come to the end of
+    marker = marker or folder / MARKER
+    with StopSignals(marker) as stop:
+        yield Attempt(folder, config, flags, facts, earlier, stop, marker, device)

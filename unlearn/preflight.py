@@ -1,0 +1,126 @@
+"""What is looked at before the first step: that all ranks run the same code on the same data, and that the disk has
+room. Recorded in run.json, by which a run that goes on is known to be the same run."""
+
+import hashlib
+import importlib.metadata
+import platform
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from unlearn.distributed import all_sum, fail_together, gather, is_main, world_size
+from unlearn.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "transformers", "safetensors", "datasets", "lm_eval", "numpy")
+SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # of each file of weights
+
+
+def versions() -> dict[str, str]:
+    """Of the language, the libraries that decide about numbers, and of CUDA and NCCL where there are any."""
+    found = {"python": platform.python_version()}
+    found |= {package: importlib.metadata.version(package) for package in PACKAGES}
+    if torch.cuda.is_available():
+        found |= {"cuda": str(torch.version.cuda), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def code_hash() -> str:
+    """sha256 over the code of this project that a run may execute."""
+    digest = hashlib.sha256()
+    for folder in (ROOT / "unlearn", ROOT / "evals"):
+        for file in sorted(folder.rglob("*.py")):
+            _add(digest, str(file.relative_to(ROOT)).encode(), file.read_bytes())
+    return digest.hexdigest()
+
+
+def files_hash(files: Iterable[Path]) -> str:
+    """sha256 over the names, the sizes and evenly spread samples of large files: of other weights it is another."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        size = file.stat().st_size
+        _add(digest, file.name.encode(), str(size).encode())
+        with file.open("rb") as stream:
+            for sample in range(SAMPLES):
+                stream.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+                _add(digest, stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, shapes and evenly spread numbers of whole tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        flat = tensor.detach().flatten()
+        stride = max(1, flat.numel() // SAMPLE_BYTES)
+        _add(digest, f"{name} {tuple(tensor.shape)}".encode(), flat[::stride].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _add(digest: Any, *parts: bytes) -> None:
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+
+
+def check_ranks(facts: Mapping[str, Any], device: torch.device) -> None:
+    """Raise, on every rank, unless all ranks bring the same `facts` and sum numbers on `device` as they should.
+
+    Raises:
+        UserError: names the ranks that differ from the others, and in what.
+    """
+    told = gather({key: str(value) for key, value in facts.items()})
+    for key in told[0]:
+        values = [of_rank.get(key) for of_rank in told]
+        usual = Counter(values).most_common(1)[0][0]
+        odd = [rank for rank, value in enumerate(values) if value != usual]
+        if odd:
+            raise UserError(
+                f"expected the same {key} on every rank, {_short(usual)} as on rank {values.index(usual)}; found "
+                f"{_short(values[odd[0]])} on rank {', '.join(map(str, odd))}: start every node from the same place"
+            )
+    found = all_sum(torch.ones((), device=device)).item()
+    if found != world_size():
+        raise UserError(
+            f"expected {world_size()} as the sum of a one from every rank; found {found}: check the network"
+        )
+
+
+def _short(value: str | None) -> str:
+    return str(value) if len(str(value)) <= 80 else f"{str(value)[:77]}..."
+
+
+def checkpoint_bytes(optimizers: Mapping[str, Optimizer]) -> int:
+    """Size of a checkpoint: parameters and their state, two numbers each for AdamW and one for Muon."""
+    total = 0
+    for optimizer in optimizers.values():
+        states = 2 if isinstance(optimizer, AdamW) else 1
+        for group in optimizer.param_groups:
+            total += sum(p.numel() * p.element_size() * (1 + states) for p in group["params"])
+    return total
+
+
+def check_disk(folder: Path, *, checkpoint: int, count: int, export: int) -> None:
+    """Raise unless there is room in `folder` for `count` checkpoints beyond those already there, and the export.
+
+    Args:
+        checkpoint, export: bytes of one.
+    """
+    with fail_together():
+        if is_main():
+            nearest = next(place for place in (folder, *folder.parents) if place.is_dir())
+            free = shutil.disk_usage(nearest).free
+            needed = checkpoint * count + export
+            if needed > free:
+                raise UserError(
+                    f"expected {needed / 2**30:.1f} GiB of free disk for {folder} ({count} checkpoint(s) of "
+                    f"{checkpoint / 2**30:.1f} GiB, one of them while it replaces another, and the export of "
+                    f"{export / 2**30:.1f} GiB); found {free / 2**30:.1f} GiB: free some, choose another --output, or "
+                    "give --save-every 0"
+                )
