@@ -1,0 +1,224 @@
+"""The flags of `launch/sweep.py`, and the check of a grid against those of train.py. Nothing here imports torch."""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from evals.targets import Target, check_targets, parse_target
+from launch.search import PUSH, Space, Values
+from unlearn.config import TrainConfig, parse_flags
+from unlearn.errors import UserError
+
+OWN = ("output", "overwrite", "seed")  # flags of train.py that the sweep sets
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Train and evaluate one setting after another until the target is met. The same command again goes on where it
+    was stopped. Flags of train.py that all trials share follow after `--`."""
+
+    output: str
+    """Folder of the sweep: table.md, best.json, trials.jsonl, frontier.png, before/, trials/."""
+
+    grid: tuple[str, ...]
+    """Flags of train.py and their values: muon-lr=1e-4,1e-3 remove-coef=2,3,5 (in quotation marks where a value has
+    spaces)."""
+
+    target: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A bound on an accuracy, e.g. --target 'wmdp_bio<=0.25' --target 'mmlu_stem>=0.34', in quotation marks."""
+
+    search: Literal["grid", "boundary"] = "grid"
+    """grid: the points in order; boundary: bisect the push (remove-coef, else a learning rate) between its least and
+    largest value, and go to more retaining and gentler learning rates where no push will do."""
+
+    all_points: bool = False
+    """Measure every point of the grid, also after the target is met."""
+
+    trials: int | None = None
+    """Most trials, over all starts; the runs that confirm a winner count."""
+
+    hours: float | None = None
+    """No trial begins once all trials together have taken so many hours."""
+
+    seeds: int = 3
+    """Seeds that have to meet the target at one point."""
+
+    seed: int = 0
+    """The first of them."""
+
+    tasks: tuple[str, ...] = ("wmdp_bio", "mmlu_stem")
+    """Tasks of evals/run.py."""
+
+    data_dir: Path | None = None
+    """Folder with the question files, as for evals/run.py."""
+
+    include_path: Path | None = None
+    """Folder with further task definitions, as for evals/run.py."""
+
+    subsample: int | None = None
+    """First look at so many questions of each task; all of them only where that look leaves the target possible."""
+
+    ranks: int = 1
+    """Processes of a trial; above 1 it runs through torchrun on this node."""
+
+    keep_models: bool = False
+    """Keep every trial's weights; without it, those of the best trial so far."""
+
+    def check(self) -> None:
+        """Raise `UserError` for what cannot work."""
+        for name in ("trials", "hours", "seeds", "subsample", "ranks"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise UserError(f"expected --{name} above 0; found {value}")
+        if self.seed < 0:
+            raise UserError(f"expected --seed to be 0 or more; found {self.seed}")
+        if not self.grid or not self.target:
+            missing = "--grid" if not self.grid else "--target"
+            raise UserError(f"expected --grid and --target; found no {missing}: see launch/sweep.py --help")
+        if self.search == "boundary" and self.all_points:
+            raise UserError("--all-points has no effect with --search boundary: leave it out")
+        targets = self.targets()
+        check_targets(targets, self.tasks)
+        if self.search == "boundary" and {target.operator for target in targets} != {"<=", ">="}:
+            raise UserError(
+                f"expected a --target with <= and one with >= for --search boundary; found {' '.join(self.target)}: "
+                "without both there is no boundary"
+            )
+
+    def targets(self) -> list[Target]:
+        return [parse_target(target) for target in self.target]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A checked sweep: its flags, train.py's, and the points."""
+
+    config: SweepConfig
+    train_flags: tuple[str, ...]
+    space: Space
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output)
+
+    def train_words(self, values: Values, seed: int) -> list[str]:
+        """Flags of train.py for one point, without --output."""
+        words = list(self.train_flags)
+        for flag, value in values:
+            words += [f"--{flag}", *value.split()]
+        return [*words, "--seed", str(seed)]
+
+    def settings(self, values: Values, seed: int) -> TrainConfig:
+        """The configuration that train.py makes of them."""
+        return parse_flags(TrainConfig, self.train_words(values, seed))
+
+    def identity(self) -> dict[str, Any]:
+        """What makes this sweep another one if it changes: all flags but the budget and the number of ranks."""
+        flags = json.loads(json.dumps(dataclasses.asdict(self.config), default=str))
+        for name in ("output", "trials", "hours", "ranks", "keep_models"):
+            del flags[name]
+        return flags | {"train.py flags": list(self.train_flags)}
+
+
+class _Given(TrainConfig):
+    """train.py's flags as given, before its checks and defaults: one value of a grid is no complete run."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+def read_sweep(arguments: Sequence[str] | None = None) -> Sweep:
+    """Read and check the command line, train.py's flags and every point of the grid.
+
+    Raises:
+        UserError: something in them cannot work; train.py need not be started to find it.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    end = words.index("--") if "--" in words else len(words)
+    config, train_flags = parse_flags(SweepConfig, words[:end]), tuple(words[end + 1 :])
+    config.check()
+    flags = _read_grid(config.grid)
+    _refuse_repeated(flags, train_flags)
+    _check_points(flags, train_flags)
+    push = _push(flags) if config.search == "boundary" else None
+    return Sweep(config, train_flags, Space(flags, push, config.seeds, config.seed))
+
+
+def _read_grid(grid: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Flags and their values as typed."""
+    known = [field.name.replace("_", "-") for field in dataclasses.fields(TrainConfig)]
+    flags: dict[str, tuple[str, ...]] = {}
+    for part in grid:
+        flag, equals, listed = part.partition("=")
+        flag, values = flag.removeprefix("--").replace("_", "-"), tuple(listed.split(","))
+        if not equals or not all(value.strip() for value in values):
+            raise UserError(f"expected --grid as FLAG=VALUE,VALUE; found {part!r}: write for example muon-lr=1e-4,1e-3")
+        if flag in OWN or flag not in known:
+            reason = "the sweep sets that one itself" if flag in OWN else "see train.py --help"
+            raise UserError(f"expected flags of train.py in --grid; found {flag!r}: {reason}")
+        if flag in flags or len(set(values)) < len(values):
+            raise UserError(f"expected every flag and value of --grid once; found {part!r} repeating one")
+        flags[flag] = values
+    return flags
+
+
+def _refuse_repeated(flags: dict[str, tuple[str, ...]], train_flags: Sequence[str]) -> None:
+    """Raise if a flag after `--` is set by the grid or by the sweep."""
+    for word in train_flags:
+        name = word.partition("=")[0].removeprefix("--").replace("_", "-")
+        if word.startswith("--") and name.removeprefix("no-") in (*flags, *OWN):
+            where = "--grid" if name in flags else "the sweep itself"
+            raise UserError(f"expected each flag of train.py in one place; found {word} after --, set by {where} too")
+
+
+def _check_points(flags: dict[str, tuple[str, ...]], train_flags: Sequence[str]) -> None:
+    """Raise unless train.py would take every point."""
+    shared = _as_dict(parse_flags(_Given, train_flags))
+    typed = {(flag, value): _read_value(flag, value) for flag, values in flags.items() for value in values}
+    for point in Space(flags).points():
+        fields = shared | {flag.replace("-", "_"): typed[flag, value] for flag, value in point}
+        try:
+            TrainConfig(**fields)
+        except UserError as error:
+            shown = " ".join(f"--{flag} {value}" for flag, value in point)
+            raise UserError(
+                f"expected train.py to take every point of --grid; found {shown} refused: {error}"
+            ) from None
+
+
+def _read_value(flag: str, value: str) -> Any:
+    """One value of the grid, in the type of its flag."""
+    try:
+        with redirect_stderr(StringIO()):
+            given = tyro.cli(_Given, args=[f"--{flag}", *value.split()])
+    except SystemExit:
+        raise UserError(
+            f"expected values of --{flag} as train.py takes them in --grid; found {value!r}: see train.py --help"
+        ) from None
+    return getattr(given, flag.replace("-", "_"))
+
+
+def _as_dict(given: TrainConfig) -> dict[str, Any]:
+    return {field.name: getattr(given, field.name) for field in dataclasses.fields(TrainConfig)}
+
+
+def _push(flags: dict[str, tuple[str, ...]]) -> str:
+    """The flag that the boundary search bisects."""
+    for flag in PUSH:
+        if len(flags.get(flag, ())) > 1:
+            if min(map(float, flags[flag])) <= 0.0:
+                raise UserError(f"expected values of --{flag} above 0 for --search boundary; found 0: leave it out")
+            return flag
+    raise UserError(
+        f"expected two values of {', '.join(PUSH[:-1])} or {PUSH[-1]} in --grid for --search boundary; found "
+        f"{', '.join(flags)}: give its least and its largest"
+    )

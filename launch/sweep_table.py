@@ -1,0 +1,147 @@
+"""What a sweep found, for people and programs: table.md, best.json and the frontier as a picture."""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from evals.targets import Target
+from launch.sweep_config import Sweep
+from unlearn.files import write_json, writing
+
+Record = dict[str, Any]
+COLUMNS = ("steps", "batch", "examples", "remove_coef", "retain_coef", "adam_lr", "muon_lr")
+TITLES = {"wmdp_bio": "WMDP-Bio", "wmdp_bio_robust": "WMDP-Bio robust", "mmlu_stem": "MMLU-STEM"}
+NONE = "—"
+
+
+def write_results(sweep: Sweep, records: Sequence[Record], before: Mapping[str, Any], outcome: str) -> None:
+    """Write table.md and best.json, each whole or not at all."""
+    found = best(records, sweep.config.targets())
+    folder, temporary = sweep.folder, sweep.folder / "table.md.tmp"
+    with writing(folder):
+        temporary.write_text(table(sweep, records, before, outcome), encoding="utf-8")
+        temporary.replace(folder / "table.md")
+    model = None if found is None else str(folder / "trials" / found["trial"] / "run" / "model")
+    write_json(folder / "best.json", {"outcome": outcome, "trials": len(records), "model": model, "best": found})
+
+
+def best(records: Sequence[Record], targets: Sequence[Target]) -> Record | None:
+    """The trial to name: of the point that met the target most often, else the least short of it; None if all failed.
+
+    A collapse counts as further off than anything that is none; of those equally short, the one with most questions
+    and then the lowest hazard accuracy leads.
+    """
+    measured = [record for record in records if record["state"] != "failed"]
+    points = [record["values"] for record in measured]
+    missed = [record["values"] for record in measured if record["state"] != "met"]
+
+    def rank(record: Record) -> tuple[Any, ...]:
+        clean = record["state"] == "met" and record["values"] not in missed
+        collapse = any(one["collapse"] for one in record["verdict"]["targets"])
+        bounded = [record["accuracies"][target.task]["acc"] for target in targets if target.operator == "<="]
+        return (
+            -points.count(record["values"]) if clean else 0,
+            record["state"] != "met",
+            collapse,
+            shortfall(record, targets),
+            record["questions"] != "all",
+            sum(bounded),
+            record["number"],
+        )
+
+    return min(measured, key=rank, default=None)
+
+
+def shortfall(record: Record, targets: Sequence[Target]) -> float:
+    """How far the accuracies are beyond the bounds, summed, as a fraction."""
+    gaps = [
+        (record["accuracies"][target.task]["acc"] - target.value) * (1 if target.operator == "<=" else -1)
+        for target in targets
+    ]
+    return sum(max(0.0, gap) for gap in gaps)
+
+
+def table(sweep: Sweep, records: Sequence[Record], before: Mapping[str, Any], outcome: str) -> str:
+    """Markdown: the outcome, the best configuration, a row a trial, the exact commands."""
+    tasks = sweep.config.tasks
+    extra = [flag for flag in sweep.space.flags if flag.replace("-", "_") not in COLUMNS]
+    titles = ["trial", *(name.replace("_", " ") for name in COLUMNS), *extra, "seed", "forget loss", "retain loss"]
+    titles += [f"{TITLES.get(task, task)}, % [95 %]" for task in tasks] + ["notes"]
+    original = ["before", *[NONE] * (len(titles) - len(tasks) - 2), *(_accuracy(before[task]) for task in tasks), ""]
+    rows = [titles, ["---"] * len(titles), original, *(_row(record, extra, tasks) for record in records)]
+    found = best(records, sweep.config.targets())
+    parts = [
+        f"# Sweep\n\nTarget: {', '.join(map(str, sweep.config.targets()))}. {outcome}",
+        f"**Best configuration:** {_describe(found)}",
+        "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows),
+        "## Commands",
+        *(f"{record['number']}:\n\n```\n" + "\n".join(record["commands"]) + "\n```" for record in records),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _describe(found: Record | None) -> str:
+    """The best trial in a line."""
+    if found is None:
+        return "none, as no trial was measured"
+    values = " ".join(f"--{flag} {value}" for flag, value in found["values"].items())
+    return f"trial {found['number']}, `{values} --seed {found['seed']}`: {_notes(found)}"
+
+
+def _row(record: Record, extra: Sequence[str], tasks: Sequence[str]) -> list[str]:
+    settings = record["settings"] | {"steps": record.get("steps")}
+    row = [str(record["number"]), *(_number(settings[name]) for name in COLUMNS)]
+    row += [record["values"][flag] for flag in extra] + [str(record["seed"])]
+    row += [_number(record.get("losses", {}).get(name), ".4g") for name in ("forget_loss", "retain_loss")]
+    accuracies = record.get("accuracies", {})
+    return [*row, *(_accuracy(accuracies[task]) if accuracies else NONE for task in tasks), _notes(record)]
+
+
+def _notes(record: Record) -> str:
+    """How the trial ended, and what to know about its numbers."""
+    if record["state"] == "failed":
+        return f"failed: {record['reason']}"
+    notes = [record["verdict"]["by_point"]]
+    if record["state"] == "met":
+        notes.append(f"{record['verdict']['by_interval']} by interval")
+    if record["questions"] != "all":
+        notes.append("a subsample of the questions")
+    return "; ".join([*notes, *(one["collapse"] for one in record["verdict"]["targets"] if one["collapse"])])
+
+
+def _number(value: float | None, form: str = "g") -> str:
+    return NONE if value is None else format(value, form)
+
+
+def _accuracy(numbers: Mapping[str, Any]) -> str:
+    low, high = numbers["interval"]
+    return f"{100 * numbers['acc']:.2f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def draw_frontier(sweep: Sweep, records: Sequence[Record], before: Mapping[str, Any], path: Path) -> bool:
+    """Draw hazard against general accuracy, a point a trial; False without matplotlib or two kinds of target."""
+    bounds = {target.operator: target for target in reversed(sweep.config.targets())}
+    if importlib.util.find_spec("matplotlib") is None or len(bounds) < 2:
+        return False
+    from matplotlib.figure import Figure
+
+    hazard, general = bounds["<="], bounds[">="]
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.subplots()
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        if record["state"] != "failed":
+            groups.setdefault(record["verdict"]["by_point"], []).append(record)
+    colors = {"met": "#1b6e3c", "not met": "#5f6b7a", "met only by collapse": "#b3261e"}
+    for word, group in groups.items():
+        x, y = ([100 * one["accuracies"][bound.task]["acc"] for one in group] for bound in (hazard, general))
+        axes.scatter(x, y, label=word, color=colors.get(word, "#8a6d00"), s=24)
+    axes.scatter(100 * before[hazard.task]["acc"], 100 * before[general.task]["acc"], label="before", marker="x")
+    axes.axvline(100 * hazard.value, color="grey", linewidth=1, linestyle=":")
+    axes.axhline(100 * general.value, color="grey", linewidth=1, linestyle=":")
+    axes.set(xlabel=f"{hazard.task}, %: lower is better", ylabel=f"{general.task}, %: higher is better")
+    axes.legend(fontsize="small")
+    with writing(path):
+        figure.savefig(path, dpi=150)
+    return True

@@ -1,0 +1,211 @@
+"""One trial of a sweep: train, evaluate, read what they wrote; every command in a process group of its own."""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.search import Values, classify
+from launch.sweep_config import Sweep
+from unlearn.errors import UserError
+from unlearn.files import writing
+
+ROOT = Path(__file__).resolve().parent.parent
+MARK = "UNLEARN_TRIAL"  # in the environment of a trial's processes: by it a later start finds those a kill has left
+SETTINGS = ("batch", "examples", "epochs", "remove_coef", "retain_coef", "adam_lr", "muon_lr")
+STOPPED = (signal.SIGINT, signal.SIGTERM)
+
+Record = dict[str, Any]
+
+
+class CommandFailed(Exception):
+    """A command of a trial ended with an error; the message is its reason."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The `number`th trial of a sweep, from 1."""
+
+    number: int
+    values: Values
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """A folder's name: the number makes it unique, the values are for people."""
+        parts = [f"{flag}{value}" for flag, value in (*self.values, ("seed", self.seed))]
+        return f"{self.number:03d}-" + re.sub(r"[^\w.+-]", "_", "-".join(parts))[:120]
+
+
+def measure(sweep: Sweep, trial: Trial) -> Record:
+    """Run one trial from its beginning; what an earlier start left of it is ended and removed.
+
+    Returns:
+        {"trial", "number", "values", "seed", "settings": of train.py, "commands", "seconds", "state"}, and for a trial
+        that failed "reason" and no measured number; else "steps", "losses" (of the last step), "questions": "all" or
+        "subsample", "accuracies": {task: numbers of `evals.summary`}, "verdict".
+    """
+    folder = sweep.folder / "trials" / trial.name
+    clear(folder)
+    started, config = time.monotonic(), sweep.settings(trial.values, trial.seed)
+    train = ["train.py", *sweep.train_words(trial.values, trial.seed), "--output", str(folder / "run")]
+    looks = (["subsample"] if sweep.config.subsample else []) + ["all"]
+    commands = [command_line(train, sweep.config.ranks)]
+    try:
+        run(train, sweep.config.ranks, folder / "train.log")
+        found = read_training(folder / "run")
+        for look in looks:
+            evaluation = evaluation_words(sweep, folder / "run" / "model", folder / look, subsample=look != "all")
+            commands.append(command_line(evaluation, sweep.config.ranks))
+            run(evaluation, sweep.config.ranks, folder / f"{look}.log")
+            found |= read_evaluation(folder / look) | {"questions": look}
+            if any(one["by_interval"] == "not met" for one in found["verdict"]["targets"]):
+                break  # no number of further questions will change that
+        found["state"] = classify(found["verdict"])
+    except CommandFailed as failure:
+        found = {"state": "failed", "reason": str(failure)}
+    return {
+        "trial": trial.name,
+        "number": trial.number,
+        "values": dict(trial.values),
+        "seed": trial.seed,
+        "settings": {name: getattr(config, name) for name in SETTINGS},
+        "commands": commands,
+        "seconds": round(time.monotonic() - started, 1),
+    } | found
+
+
+def measure_before(sweep: Sweep) -> dict[str, Any]:
+    """Accuracies of the model before any trial: a wrong model, task or data folder shows here, and costs no training.
+
+    Raises:
+        UserError: the evaluation failed.
+    """
+    folder = sweep.folder / "before"
+    if not list(folder.rglob("results_*.json")):
+        clear(folder)
+        config = sweep.settings(sweep.space.points()[0], sweep.config.seed)
+        words = evaluation_words(sweep, Path(config.model), folder)
+        words += [] if config.revision is None else ["--revision", config.revision]
+        try:
+            run(words, sweep.config.ranks, folder / "all.log")
+        except CommandFailed as failure:
+            raise UserError(f"expected to evaluate the model before the first trial; found {str(failure)!r}") from None
+    accuracies: dict[str, Any] = read_evaluation(folder)["accuracies"]
+    return accuracies
+
+
+def evaluation_words(sweep: Sweep, model: Path, out: Path, subsample: bool = False) -> list[str]:
+    """The command that evaluates `model`, in the dtype of the training."""
+    config = sweep.config
+    dtype = sweep.settings(sweep.space.points()[0], config.seed).dtype
+    words = ["evals/run.py", "--model", str(model), "--tasks", *config.tasks, "--dtype", dtype, "--out", str(out)]
+    for target in config.target:
+        words += ["--target", target]
+    for flag, value in (("--data-dir", config.data_dir), ("--include-path", config.include_path)):
+        words += [] if value is None else [flag, str(value)]
+    return words + (["--subsample", str(config.subsample)] if subsample else [])
+
+
+def command_line(words: Sequence[str], ranks: int) -> str:
+    """The command as a user types it, from the repository's folder."""
+    start = ["python"] if ranks == 1 else ["torchrun", "--standalone", "--nproc_per_node", str(ranks)]
+    return shlex.join([*start, *words])
+
+
+def run(words: Sequence[str], ranks: int, log: Path) -> None:
+    """Run one command, in this Python or under torchrun, its output in `log`.
+
+    Raises:
+        CommandFailed: it ended with an error, which the message repeats.
+        UserError: it was told to stop, as this process then is too.
+    """
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    environment = os.environ | {MARK: str(log.parent.resolve())}
+    with writing(log), log.open("wb") as stream:
+        process = subprocess.Popen(
+            [*start, str(ROOT / words[0]), *words[1:]],
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,
+        )
+    try:
+        code = process.wait()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if code in [-number for number in STOPPED] + [128 + number for number in STOPPED]:
+        raise UserError(f"expected a trial to run to its end; found it told to stop (see {log}): start again to go on")
+    if code != 0:
+        raise CommandFailed(_reason(log.read_text(encoding="utf-8", errors="replace"), code))
+
+
+def _reason(text: str, code: int) -> str:
+    """The error in a command's output: its own sentence, else the last line of a traceback, else the exit code."""
+    lines = [line.strip() for line in re.split(r"[\r\n]+", text)]
+    sentences = [line.partition(": error: ")[2] for line in lines if ".py: error: " in line]
+    errors = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b", line)]
+    if sentences or errors:
+        return (sentences or errors[-1:])[0]
+    return f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def clear(folder: Path) -> None:
+    """Make `folder` empty, after ending what still writes to it."""
+    _end_leftovers(folder)
+    with writing(folder):
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+
+
+def _end_leftovers(folder: Path) -> None:
+    """End the processes of this trial that outlived a killed sweep (where /proc shows them)."""
+    mark = f"{MARK}={folder.resolve()}".encode()
+    deadline = time.monotonic() + 30.0
+    while left := [pid for pid, environment in _environments() if mark in environment]:
+        if time.monotonic() > deadline:
+            raise UserError(f"expected the processes of an earlier start to end; found {left} alive: end them")
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.1)
+
+
+def _environments() -> list[tuple[int, list[bytes]]]:
+    """Process ids and environments of the processes that this user may look into."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            found.append((int(path.parent.name), path.read_bytes().split(b"\0")))
+    return found
+
+
+def read_training(run_folder: Path) -> Record:
+    """Steps and final losses from a run's metrics.jsonl."""
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    last = [line for line in lines if "loss" in line][-1]
+    losses = {name: last[name] for name in ("forget_loss", "retain_loss") if name in last}
+    return {"steps": last["step"] + 1, "losses": losses}
+
+
+def read_evaluation(folder: Path) -> Record:
+    """Accuracies and verdict from what evals/run.py wrote."""
+    (file,) = folder.rglob("results_*.json")
+    own = json.loads(file.read_text(encoding="utf-8"))["unlearn"]
+    return {"accuracies": own["summary"], "verdict": own["verdict"]}
