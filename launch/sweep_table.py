@@ -22,15 +22,16 @@ def write_results(sweep: Sweep, records: Sequence[Record], before: Mapping[str, 
     with writing(folder):
         temporary.write_text(table(sweep, records, before, outcome), encoding="utf-8")
         temporary.replace(folder / "table.md")
-    model = None if found is None else str(folder / "trials" / found["trial"] / "run" / "model")
-    write_json(folder / "best.json", {"outcome": outcome, "trials": len(records), "model": model, "best": found})
+    model = None if found is None else folder / "trials" / found["trial"] / "run" / "model"
+    chosen = {"outcome": outcome, "trials": len(records), "best": found, "seeds": seeds_of(found, records)}
+    write_json(folder / "best.json", chosen | {"model": str(model) if model is not None and model.is_dir() else None})
 
 
 def best(records: Sequence[Record], targets: Sequence[Target]) -> Record | None:
     """The trial to name: of the point that met the target most often, else the least short of it; None if all failed.
 
-    A collapse counts as further off than anything that is none; of those equally short, the one with most questions
-    and then the lowest hazard accuracy leads.
+    A collapse counts as further off than anything that is none; of those equally short, the one measured on all
+    questions and then the earliest leads: choosing the luckiest of several seeds would flatter the numbers.
     """
     measured = [record for record in records if record["state"] != "failed"]
     points = [record["values"] for record in measured]
@@ -39,18 +40,29 @@ def best(records: Sequence[Record], targets: Sequence[Target]) -> Record | None:
     def rank(record: Record) -> tuple[Any, ...]:
         clean = record["state"] == "met" and record["values"] not in missed
         collapse = any(one["collapse"] for one in record["verdict"]["targets"])
-        bounded = [record["accuracies"][target.task]["acc"] for target in targets if target.operator == "<="]
         return (
             -points.count(record["values"]) if clean else 0,
             record["state"] != "met",
             collapse,
             shortfall(record, targets),
             record["questions"] != "all",
-            sum(bounded),
             record["number"],
         )
 
     return min(measured, key=rank, default=None)
+
+
+def seeds_of(found: Record | None, records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Every seed that was run at the best trial's point, with how it ended and its accuracies."""
+    return [
+        {
+            "seed": record["seed"],
+            "state": record["state"],
+            "accuracies": {task: numbers["acc"] for task, numbers in record.get("accuracies", {}).items()},
+        }
+        for record in records
+        if found is not None and record["values"] == found["values"]
+    ]
 
 
 def shortfall(record: Record, targets: Sequence[Target]) -> float:
@@ -73,7 +85,7 @@ def table(sweep: Sweep, records: Sequence[Record], before: Mapping[str, Any], ou
     found = best(records, sweep.config.targets())
     parts = [
         f"# Sweep\n\nTarget: {', '.join(map(str, sweep.config.targets()))}. {outcome}",
-        f"**Best configuration:** {_describe(found)}",
+        f"**Best configuration:** {_describe(found, records)}",
         "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows),
         "## Commands",
         *(f"{record['number']}:\n\n```\n" + "\n".join(record["commands"]) + "\n```" for record in records),
@@ -81,12 +93,14 @@ def table(sweep: Sweep, records: Sequence[Record], before: Mapping[str, Any], ou
     return "\n\n".join(parts) + "\n"
 
 
-def _describe(found: Record | None) -> str:
-    """The best trial in a line."""
+def _describe(found: Record | None, records: Sequence[Record]) -> str:
+    """The best trial in a line, with what became of its point with other seeds."""
     if found is None:
         return "none, as no trial was measured"
     values = " ".join(f"--{flag} {value}" for flag, value in found["values"].items())
-    return f"trial {found['number']}, `{values} --seed {found['seed']}`: {_notes(found)}"
+    others = [one for one in seeds_of(found, records) if one["seed"] != found["seed"]]
+    seeds = "".join(f"; seed {one['seed']}: {'met' if one['state'] == 'met' else 'not met'}" for one in others)
+    return f"trial {found['number']}, `{values} --seed {found['seed']}`: {_notes(found)}{seeds}"
 
 
 def _row(record: Record, extra: Sequence[str], tasks: Sequence[str]) -> list[str]:

@@ -17,6 +17,12 @@ FLAGS = {
     "adam-lr": ("3e-4", "1e-3", "3e-3"),
 }
 BOUNDARY, GRID = Space(FLAGS, "remove-coef"), Space(FLAGS)
+STATES: dict[tuple[bool, bool], State] = {
+    (False, True): "push harder",
+    (True, False): "push less",
+    (False, False): "gentler",
+    (True, True): "met",
+}
 Tradeoff = Callable[[Values], tuple[float, float, bool]]
 
 
@@ -95,9 +101,11 @@ def tradeoff(seed: int) -> Tradeoff:
 
 def state_of(measure: Tradeoff, values: Values, seed: int, noise: float = 0.0) -> State:
     hazard, general, diverged = measure(values)
-    rng = random.Random(repr((values, seed)))
-    hazard, general = hazard + rng.gauss(0, noise), general + rng.gauss(0, noise)
-    return "failed" if diverged else verdict(hazard, general)
+    if noise > 0.0:
+        rng = random.Random(repr((values, seed)))
+        hazard, general = hazard + rng.gauss(0, noise), general + rng.gauss(0, noise)
+    low, kept = hazard <= 0.27, general >= 0.34  # as test_four_states pins for the true verdict
+    return "failed" if diverged else STATES[low, kept]
 
 
 def search(space: Space, measure: Tradeoff, noise: float = 0.0) -> tuple[int, Values | None]:
@@ -109,24 +117,41 @@ def search(space: Space, measure: Tradeoff, noise: float = 0.0) -> tuple[int, Va
     return len(trials), winner
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.004])
-def test_beats_the_grid_on_hundreds_of_tradeoffs(noise: float) -> None:
-    """Every trade-off that some point of the grid of 96 solves; the grid is taken in a random order, its fairest."""
-    ours, theirs, missed = [], [], 0
-    for seed in range(800):
+@pytest.mark.parametrize(("noise", "most", "share"), [(0.0, 30, 0.99), (0.004, 35, 0.85)])
+def test_beats_the_grid_on_hundreds_of_tradeoffs(noise: float, most: int, share: float) -> None:
+    """Every trade-off of 600 that some point of the grid of 96 solves, and what plain random search over that grid is
+    expected to need (97 / (solutions + 1), and the two further seeds), which is fairer to it than its own order.
+
+    Found: in 99 % of them without noise, 85 % with a standard deviation of 0.4 points (three seeds have to meet a
+    target that some of these can only just reach); in at most `most` trials, in under half of the grid's on average.
+    """
+    ours, theirs = [], []
+    solvable = 0
+    for seed in range(600):
         measure = tradeoff(seed)
         solutions = sum(state_of(measure, values, 0) == "met" for values in GRID.points())
         if solutions == 0:
             continue
+        solvable += 1
         trials, winner = search(BOUNDARY, measure, noise)
         if winner is None:
-            missed += 1
             continue
         hazard, general, _ = measure(winner)
         assert hazard <= 0.27 + 4 * noise and general >= 0.34 - 4 * noise
         ours.append(trials)
-        theirs.append(97 / (solutions + 1) + 2)  # expected draws until the first solution, and two more seeds
-    print(
-        len(ours), missed, statistics.mean(ours), statistics.mean(theirs), max(ours), statistics.quantiles(ours, n=10)
-    )
-    assert len(ours) >= 200
+        theirs.append(97 / (solutions + 1) + 2)
+    assert solvable >= 200 and len(ours) >= share * solvable
+    assert max(ours) <= most and statistics.median(ours) <= 15
+    assert statistics.mean(ours) < 0.5 * statistics.mean(theirs)
+
+
+def test_the_search_tries_everything_before_it_gives_up() -> None:
+    """Rules of thumb that do not hold for a model cost trials, not the answer: one setting alone meets the target."""
+    for setting in BOUNDARY.settings():
+        trials: list[Outcome] = []
+        while (found := next_point(BOUNDARY, trials)) is not None:
+            met = BOUNDARY.split(found[0])[0] == setting
+            trials.append(Outcome(*found, "met" if met else "gentler"))
+            if confirmed(BOUNDARY, trials):
+                break
+        assert confirmed(BOUNDARY, trials) is not None, setting

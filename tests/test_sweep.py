@@ -145,13 +145,14 @@ def test_killed_at_random_moments_it_ends_with_the_same_table(tmp_path: Path, se
         return record
 
     place = tmp_path / "s"
-    whole = run_sweep(sweep_of(place, "--search", search), simulated, before)
+    sweep = sweep_of(place, "--search", search)
+    whole = run_sweep(sweep, simulated, before)
     expected = results(place)
     shutil.rmtree(place)
     kills = 0
     while True:
         try:
-            assert run_sweep(sweep_of(place, "--search", search), dying, before) == whole
+            assert run_sweep(sweep, dying, before) == whole
             break
         except Killed:
             kills += 1
@@ -169,6 +170,8 @@ def test_table_best_and_picture(tmp_path: Path) -> None:
     assert "target is met" in outcome and outcome in table
     assert len(records) == 6 + 2 and len({record["number"] for record in records}) == 8
     found = json.loads(chosen)["best"]
+    assert [one["state"] for one in json.loads(chosen)["seeds"]] == ["met"] * 3 and found["seed"] == 0
+    assert "seed 1: met; seed 2: met" in table
     assert found["state"] == "met" and found["values"]["remove-coef"] == "5" and found["values"]["retain-coef"] == "10"
     rows = [line for line in table.splitlines() if line.startswith("| ")]
     assert len(rows) == 3 + 8 and all(row.count("|") == rows[0].count("|") for row in rows)
@@ -213,6 +216,7 @@ def test_a_seed_that_misses_takes_the_win_back(tmp_path: Path) -> None:
 
     outcome = run_sweep(sweep_of(tmp_path), lucky, before)
     assert "not met: all points are tried" in outcome
+    assert "seed 1: not met" in (tmp_path / "table.md").read_text()
     assert [record["seed"] for record in read_records(tmp_path / "trials.jsonl")].count(1) == 1
 
 
