@@ -23,6 +23,7 @@ from unlearn.files import writing
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "UNLEARN_TRIAL"  # in the environment of a trial's processes: by it a later start finds those a kill has left
 SETTINGS = ("batch", "examples", "epochs", "remove_coef", "retain_coef", "adam_lr", "muon_lr")
+NUMBERS = ("acc", "interval", "questions", "debiased", "debiased_interval", "predicted", "letter_check")
 STOPPED = (signal.SIGINT, signal.SIGTERM)
 
 Record = dict[str, Any]
@@ -53,7 +54,7 @@ def measure(sweep: Sweep, trial: Trial) -> Record:
     Returns:
         {"trial", "number", "values", "seed", "settings": of train.py, "commands", "seconds", "state"}, and for a trial
         that failed "reason" and no measured number; else "steps", "losses" (of the last step), "questions": "all" or
-        "subsample", "accuracies": {task: numbers of `evals.summary`}, "verdict".
+        "subsample", "accuracies": {task: some numbers of `evals.summary`}, "verdict".
     """
     folder = sweep.folder / "trials" / trial.name
     clear(folder)
@@ -89,7 +90,7 @@ def measure_before(sweep: Sweep) -> dict[str, Any]:
     """Accuracies of the model before any trial: a wrong model, task or data folder shows here, and costs no training.
 
     Raises:
-        UserError: the evaluation failed.
+        UserError: the evaluation failed, or a task has no accuracy.
     """
     folder = sweep.folder / "before"
     if not list(folder.rglob("results_*.json")):
@@ -102,6 +103,12 @@ def measure_before(sweep: Sweep) -> dict[str, Any]:
         except CommandFailed as failure:
             raise UserError(f"expected to evaluate the model before the first trial; found {str(failure)!r}") from None
     accuracies: dict[str, Any] = read_evaluation(folder)["accuracies"]
+    missing = [task for task in sweep.config.tasks if task not in accuracies]
+    if missing:
+        raise UserError(
+            f"expected --tasks with an accuracy of their own; found {missing[0]!r} with none: these results have "
+            f"{', '.join(list(accuracies)[:6])}"
+        )
     return accuracies
 
 
@@ -208,4 +215,7 @@ def read_evaluation(folder: Path) -> Record:
     """Accuracies and verdict from what evals/run.py wrote."""
     (file,) = folder.rglob("results_*.json")
     own = json.loads(file.read_text(encoding="utf-8"))["unlearn"]
-    return {"accuracies": own["summary"], "verdict": own["verdict"]}
+    accuracies = {
+        task: {name: numbers[name] for name in NUMBERS if name in numbers} for task, numbers in own["summary"].items()
+    }
+    return {"accuracies": accuracies, "verdict": own["verdict"]}

@@ -277,6 +277,12 @@ def test_a_failed_command_says_why(tmp_path: Path, program: str, reason: str) ->
         run([str(tmp_path / "program.py")], 1, tmp_path / "log")
 
 
+def test_a_command_told_to_stop_is_no_result(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text("import os; os.kill(os.getpid(), 15)")
+    with pytest.raises(UserError, match="start again to go on"):
+        run([str(tmp_path / "program.py")], 1, tmp_path / "log")
+
+
 @pytest.fixture
 def real(home: Path, tmp_path: Path) -> Callable[..., list[str]]:
     """The command of a sweep on the tiny random model."""
