@@ -182,8 +182,10 @@ def _append(path: Path, record: Record) -> None:
 
 
 def _prune(sweep: Sweep, records: Sequence[Record]) -> None:
-    """Remove the weights of all trials but the best."""
+    """Remove the weights of all trials but the best, and what a failed one has saved to go on."""
     found = best(records, sweep.config.targets())
+    for record in records:
+        shutil.rmtree(sweep.folder / "trials" / record["trial"] / "run" / "checkpoints", ignore_errors=True)
     for record in records if not sweep.config.keep_models else ():
         if found is None or record["trial"] != found["trial"]:
             shutil.rmtree(sweep.folder / "trials" / record["trial"] / "run" / "model", ignore_errors=True)

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MARK = "UNLEARN_TRIAL"  # in the environment of a trial's processes: by it a later start finds those a kill has left
 SETTINGS = ("batch", "examples", "epochs", "remove_coef", "retain_coef", "adam_lr", "muon_lr")
 NUMBERS = ("acc", "interval", "questions", "debiased", "debiased_interval", "predicted", "letter_check")
-STOPPED = (signal.SIGINT, signal.SIGTERM)
+STOPPED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 Record = dict[str, Any]
 
@@ -156,10 +156,17 @@ def run(words: Sequence[str], ranks: int, log: Path) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    if code in [-number for number in STOPPED] + [128 + number for number in STOPPED]:
+    if code != 0 and _told_to_stop(log.parent, code):
         raise UserError(f"expected a trial to run to its end; found it told to stop (see {log}): start again to go on")
     if code != 0:
         raise CommandFailed(_reason(log.read_text(encoding="utf-8", errors="replace"), code))
+
+
+def _told_to_stop(folder: Path, code: int) -> bool:
+    """Whether a command ended because it was told to; under torchrun only the run's marker says so."""
+    from unlearn.run_folder import MARKER  # imports torch
+
+    return (folder / "run" / MARKER).exists() or code in [sign for n in STOPPED for sign in (-n, 128 + n)]
 
 
 def _reason(text: str, code: int) -> str:
