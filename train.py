@@ -80,15 +80,7 @@ def _prepare(config: TrainConfig, run: "Unlearning") -> "Evaluation | None":
         return None
     from evals.evaluation import Evaluation
 
-    return Evaluation(
-        run.tokenizer,
-        tasks=config.eval_tasks,
-        data_dir=config.data_dir,
-        include_path=config.include_path,
-        limit=config.limit,
-        subsample=config.eval_subsample,
-        model_config=run.model.config,
-    )
+    return Evaluation.of(config, run.tokenizer, run.model.config)
 
 
 def _evaluate(run: "Unlearning", evaluation: "Evaluation | None", folder: Path, step: int, log: "MetricsLog") -> None:

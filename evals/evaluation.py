@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lm_eval.evaluator import evaluate
 from lm_eval.utils import hash_string, sanitize_model_name
@@ -27,6 +27,21 @@ from unlearn.errors import UserError
 BOOTSTRAP_ITERS = 1000
 
 
+class LiveFlags(Protocol):
+    """Flags of a command that measures a model between its steps."""
+
+    @property
+    def eval_tasks(self) -> Sequence[str]: ...
+    @property
+    def data_dir(self) -> str | None: ...
+    @property
+    def include_path(self) -> str | None: ...
+    @property
+    def limit(self) -> int | None: ...
+    @property
+    def eval_subsample(self) -> int | None: ...
+
+
 class Evaluation:
     """Tasks with their requests and plan, kept from one run to the next.
 
@@ -35,6 +50,19 @@ class Evaluation:
     Attributes:
         names: all tasks and groups that are measured.
     """
+
+    @classmethod
+    def of(cls, flags: LiveFlags, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> "Evaluation":
+        """What a command measures on its live model, by the flags that `train.py` and the attack share."""
+        return cls(
+            tokenizer,
+            tasks=flags.eval_tasks,
+            data_dir=flags.data_dir,
+            include_path=flags.include_path,
+            limit=flags.limit,
+            subsample=flags.eval_subsample,
+            model_config=model_config,
+        )
 
     def __init__(
         self,

@@ -58,15 +58,7 @@ def attack(config: TamperConfig, device: "torch.device", this: "Attempt") -> Non
 
     tokenizer = load_tokenizer(config.model, revision=config.revision)
     batches = _batches(config, tokenizer)
-    evaluation = Evaluation(
-        tokenizer,
-        tasks=config.eval_tasks,
-        data_dir=config.data_dir,
-        include_path=config.include_path,
-        limit=config.limit,
-        subsample=config.eval_subsample,
-        model_config=load_config(config.model, revision=config.revision),
-    )
+    evaluation = Evaluation.of(config, tokenizer, load_config(config.model, revision=config.revision))
     model = load_model(config.model, revision=config.revision, dtype=torch.float32, device=device)
     disable_dropout(model)
     precision = autocast(torch.float32, DTYPES[config.dtype], device)
