@@ -18,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from step import TRUE
 from torch import Tensor
 
 from unlearn.building import original_model
@@ -30,17 +31,6 @@ from unlearn.model import empty_model, residual_streams
 from unlearn.objectives.lens import LensObjective
 from unlearn.simulate import simulated_peak
 
-NEOX = {
-    "model_type": "gpt_neox",
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "intermediate_size": 16384,
-    "vocab_size": 50304,
-    "max_position_embeddings": 2048,
-    "rotary_pct": 0.25,
-    "tie_word_embeddings": False,
-}
 WHOLE = 1 << 40  # a chunk that holds every token
 
 
@@ -128,7 +118,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(NEOX))
+        Path(folder, "config.json").write_text(json.dumps(TRUE))
         config = TrainConfig(
             model=folder, optimizer="muon", layers=tuple(range(1, 33)), micro_batch=arguments.micro_batch
         )
