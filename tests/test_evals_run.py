@@ -237,7 +237,11 @@ def test_interrupted_run_says_so_and_leaves_no_results(place: Path, tmp_path: Pa
     write_wmdp(tmp_path / "data", [question(i, i % 4, None) for i in range(40_000)])
     flags = command(place, "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--batch-tokens", "99")
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "evals/run.py"), *flags], env=environment, stderr=subprocess.PIPE, text=True
+        [sys.executable, str(ROOT / "evals/run.py"), *flags],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job would ignore it
     )
     time.sleep(2.0)
     while process.poll() is None and not (tmp_path / "out").exists():

@@ -1,9 +1,14 @@
 """How a mistake of the user's reaches the user: one sentence and a non-zero exit code."""
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
+from types import TracebackType
+from typing import Any, NoReturn
+
+AGAIN = 1.0  # seconds until an interrupt that went astray is raised again
 
 
 class UserError(ValueError):
@@ -23,13 +28,45 @@ def run_command(name: str, command: Callable[[], None]) -> None:
         SystemExit: 2 after a `UserError`, 130 after Ctrl-C.
     """
     try:
-        command()
+        with _CtrlC(name):
+            command()
     except UserError as error:
         _say_once(f"{name}: error: {error}")
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        _say_once(f"{name}: interrupted")
-        raise SystemExit(130) from None
+
+
+class _CtrlC:
+    """A context that Ctrl-C leaves with one sentence and exit code 130, whatever the code inside makes of it.
+
+    Libraries turn a `KeyboardInterrupt` into another exception (compiled modules, while they are imported: into an
+    `ImportError`) or drop it (Python itself, in a callback). So every exception after Ctrl-C is that Ctrl-C, and the
+    interrupt is raised again each `AGAIN` seconds until it arrives.
+    """
+
+    def __init__(self, name: str):
+        self._name, self._pressed = name, False
+
+    def __enter__(self) -> None:
+        self._before: dict[int, Any] = {}
+        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # else ignored, as in a background job
+            for number in (signal.SIGINT, signal.SIGALRM):
+                self._before[number] = signal.signal(number, self._raise)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pressed:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if kind is KeyboardInterrupt or (self._pressed and kind is not None):
+            _say_once(f"{self._name}: interrupted")
+            raise SystemExit(130) from None
+
+    def _raise(self, number: int, frame: object) -> NoReturn:
+        self._pressed = True
+        signal.setitimer(signal.ITIMER_REAL, AGAIN, AGAIN)
+        raise KeyboardInterrupt
 
 
 def _say_once(sentence: str) -> None:

@@ -1,0 +1,68 @@
+"""Ctrl-C ends a command with one sentence, whatever the libraries under it make of the interrupt."""
+
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ARRIVES = "time.sleep(30)"
+TURNS_INTO_ANOTHER = """
+try:
+    time.sleep(30)
+except KeyboardInterrupt:
+    raise ImportError("core.multiarray failed to import")
+"""
+IS_DROPPED = """
+while time.monotonic() < start + 30:
+    try:
+        time.sleep(1)
+    except KeyboardInterrupt as error:
+        if (dropped := dropped + 1) == 3:
+            raise
+"""
+COMMAND = """
+import sys, time
+from unlearn.errors import run_command
+def command():
+    dropped, start = 0, time.monotonic()
+    print("ready", flush=True)
+{}
+run_command("a-command", command)
+print("went on")
+"""
+
+
+def pressed(body: str, handler: signal.Handlers = signal.SIG_DFL) -> tuple[int, str, str]:
+    """Exit code, output and error of a command doing `body` that Ctrl-C meets as soon as it is ready."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND.format(textwrap.indent(body, "    "))],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, handler),
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    output, error = process.communicate(timeout=60)
+    return process.returncode, output, error
+
+
+@pytest.mark.parametrize("body", [ARRIVES, TURNS_INTO_ANOTHER, IS_DROPPED])
+def test_an_interrupt_ends_the_command(body: str) -> None:
+    assert pressed(body) == (130, "", "a-command: interrupted\n")
+
+
+def test_a_background_job_goes_on() -> None:
+    """A shell starts its background jobs with SIGINT ignored: the terminal's Ctrl-C is not meant for them."""
+    assert pressed("time.sleep(1)", signal.SIG_IGN) == (0, "went on\n", "")
+
+
+def test_another_error_keeps_its_traceback() -> None:
+    code = COMMAND.format("    raise ImportError('a bug')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "ImportError: a bug" in done.stderr
