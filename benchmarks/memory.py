@@ -51,6 +51,27 @@ class JointGraph(LensObjective):
         return uniform_per_token(self.lens.hidden(stream, layer), self.lens.unembedding)[0].sum()
 
 
+class StoredGradients(LensObjective):
+    """Every layer's dL/dh computed first, and kept until one backward starts from all of them."""
+
+    def _forget(self, batches: Batches, rows: Rows, step: int, coefficient: float) -> dict[str, Tensor]:
+        set_dropout_rows(self.model, rows.keys)
+        with self.autocast():
+            streams = residual_streams(self.model, rows.input_ids, self.layers)
+        leaves = self.stored(streams, batches, rows, step, coefficient)
+        torch.autograd.backward([*streams.values()], [leaf.grad for leaf in leaves])
+        return {"tokens": torch.tensor(rows.tokens), "forget_loss": torch.tensor(0.0)}
+
+    def stored(
+        self, streams: Mapping[int, Tensor], batches: Batches, rows: Rows, step: int, coefficient: float
+    ) -> list[Tensor]:
+        """Detached streams with their gradients."""
+        leaves = {layer: stream.detach().requires_grad_() for layer, stream in streams.items()}
+        for layer, leaf in leaves.items():
+            (coefficient * self.layer_loss(leaf, layer, rows, batches, step)[0]).backward()
+        return list(leaves.values())
+
+
 class WholeLogits(JointGraph):
     """[tokens, V] float32 log-probabilities of every layer at once: the documented out-of-memory."""
 
@@ -59,7 +80,7 @@ class WholeLogits(JointGraph):
         return -torch.log_softmax(logits.float(), dim=-1).mean(dim=-1).sum() / math.log(logits.shape[-1])
 
 
-class OneBackward(LensObjective):
+class OneBackward(StoredGradients):
     """Both terms' losses first, one backward for both."""
 
     def terms(self, step: int) -> Iterator[Mapping[str, Tensor | float]]:
@@ -69,14 +90,11 @@ class OneBackward(LensObjective):
         pairs = zip(self.forget.micro_batches(step, device), self.retain.micro_batches(step, device), strict=True)
         for forget, retained in pairs:
             streams = residual_streams(self.model, forget.input_ids, self.layers)
-            leaves = {layer: stream.detach().requires_grad_() for layer, stream in streams.items()}
-            for layer, leaf in leaves.items():
-                (remove * self.layer_loss(leaf, layer, forget, self.forget, step)[0]).backward()
+            leaves = self.stored(streams, self.forget, forget, step, remove)
             losses: list[Tensor] = []
             with mock.patch.object(Tensor, "backward", lambda loss, kept=losses: kept.append(loss)):
                 self._retain_kl(self.retain.tokens(step), retained, retain)
-            gradients = [leaf.grad for leaf in leaves.values()]
-            torch.autograd.backward([*streams.values(), *losses], [*gradients, None])
+            torch.autograd.backward([*streams.values(), *losses], [*(leaf.grad for leaf in leaves), None])
         yield {"tokens": torch.tensor(0.0)}
 
 
@@ -101,6 +119,7 @@ def rows(config: TrainConfig, layout: Layout) -> Iterator[tuple[str, Callable[[]
     yield "this design", simulate
     yield "all logits of all layers at once", lambda: simulate(change=same_fields(WholeLogits))
     yield "lens in chunks, joint graph", lambda: simulate(change=same_fields(JointGraph))
+    yield "all layers' gradients kept", lambda: simulate(change=same_fields(StoredGradients))
     yield (
         "a whole copy of the original on every GPU",
         lambda: patched("unlearn.simulate.original_model", lambda other, mesh: original_model(other, None)),

@@ -133,10 +133,10 @@ def _states(config: TrainConfig, shape: Shape, layout: Layout) -> dict[str, floa
 
 
 def _activations(config: TrainConfig, shape: Shape) -> float:
-    """Numbers that one micro-batch keeps for its backward pass: what blocks keep, and gradients of target streams."""
+    """Numbers that one micro-batch keeps for its backward pass: what blocks keep, and l2's copies of target streams."""
     stream = micro_tokens(config) * shape.hidden
     kept = 1 if config.checkpoint_activations else KEPT[config.lora_rank > 0]
-    forget = kept * max(config.layers) + len(config.layers) if config.remove_coef else 0
+    forget = kept * max(config.layers) if config.remove_coef else 0
     retain = 0
     if config.retain_coef:
         streams = 0 if config.retain_loss == "kl" else len(config.layers)

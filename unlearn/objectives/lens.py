@@ -6,10 +6,10 @@
 F and R are token-weighted means over the *global* batch: each rank divides by the global batch's token count, which
 it knows without asking, and the gradients are summed over ranks. One backward a loss term and micro-batch.
 
-A loss on residual streams is differentiated in two stages. What lies behind the streams is frozen, so the loss and its
-gradient with respect to each target layer's stream are computed on the stream *detached*, one layer (and one chunk of
-tokens) at a time; what is kept is dL/dh. One backward through the model then starts from all of them at once. The same
-gradient as through the joint graph, without any of the lens's graph in memory beside the model's.
+A loss on residual streams is differentiated in two stages. What lies behind the streams is frozen, so the loss of each
+target layer and its gradient dL/dh are computed on the stream *detached*, a chunk of tokens at a time, in the moment in
+which the one backward through the model comes by. The same gradient as through the joint graph, without any of the
+lens's graph in memory beside the model's, and with one layer's dL/dh at a time.
 
 Shapes: B rows, S positions, N real tokens among them, D hidden size, V vocabulary.
 """
@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -32,6 +33,7 @@ from unlearn.model import final_norm, residual_streams, softcap, through_head
 from unlearn.seeding import random_bits
 from unlearn.sharding import reshard
 
+Measured = tuple[Tensor, dict[str, Tensor]]  # a share of a loss, [] float32, and of what is logged of it
 Reference = Callable[[], AbstractContextManager[PreTrainedModel]]  # the original model, for the length of a block
 
 
@@ -107,18 +109,14 @@ class LensObjective:
         set_dropout_rows(self.model, rows.keys)
         with self.autocast():
             streams = residual_streams(self.model, rows.input_ids, [layer + self._shift for layer in self.layers])
-        statistics = {"tokens": _number(rows)}
 
-        def loss(layer: int, stream: Tensor) -> Tensor:
-            share, measured = self.layer_loss(stream, layer - self._shift, rows, batches, step)
-            _add(statistics, measured)
-            return share
+        def loss(layer: int, stream: Tensor) -> Measured:
+            return self.layer_loss(stream, layer - self._shift, rows, batches, step)
 
-        return statistics | {"forget_loss": backward_through(streams, loss, coefficient)}
+        total, statistics = backward_through(streams, loss, coefficient)
+        return {"tokens": _number(rows)} | statistics | {"forget_loss": total}
 
-    def layer_loss(
-        self, stream: Tensor, layer: int, rows: Rows, batches: Batches, step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def layer_loss(self, stream: Tensor, layer: int, rows: Rows, batches: Batches, step: int) -> Measured:
         """One target layer's share of F for one micro-batch, [] float32, and of its uniform loss and entropy.
 
         Args:
@@ -173,11 +171,11 @@ class LensObjective:
         with torch.set_grad_enabled(coefficient > 0.0), self.autocast():
             streams = residual_streams(self.model, rows.input_ids, layers)
 
-        def loss(layer: int, stream: Tensor) -> Tensor:
+        def loss(layer: int, stream: Tensor) -> Measured:
             distances = l2_distance(rows.at_real(stream), rows.at_real(kept.pop(layer)))
-            return distances.sum() / (tokens * len(layers))
+            return distances.sum() / (tokens * len(layers)), {}
 
-        return backward_through(streams, loss, coefficient)
+        return backward_through(streams, loss, coefficient)[0]
 
     def _divergence(self, hidden: Tensor, original: PreTrainedModel, kept_hidden: Tensor, tokens: int) -> Tensor:
         """Sum of KL(original || model) over some tokens' normalised hidden states [N, D], over `tokens`."""
@@ -201,28 +199,49 @@ class LensObjective:
 
 
 def backward_through(
-    streams: Mapping[int, Tensor], loss: Callable[[int, Tensor], Tensor], coefficient: float
-) -> Tensor:
-    """Backward of `coefficient` times the sum over l of loss(l, h[l]), in two stages; that sum, [] float32.
+    streams: Mapping[int, Tensor], loss: Callable[[int, Tensor], Measured], coefficient: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Backward of `coefficient` times the sum over l of loss(l, h[l]).
+
+    A stream's own loss is computed when the gradient from the blocks above arrives there, and its gradient is added.
 
     Args:
-        streams: {l: h[l]} of one forward pass. loss: differentiable in h[l], through nothing that is trained.
+        streams: {l: h[l]} of one forward pass, from the lowest l on. loss: its value, differentiable in h[l] and
+            through nothing else that is trained, and what to log.
+
+    Returns:
+        The sum of losses, [] float32, and of what to log.
     """
-    total: Tensor = torch.zeros((), device=next(iter(streams.values())).device)
-    trained, gradients = [], []
-    for layer, stream in streams.items():
-        with torch.set_grad_enabled(coefficient > 0.0):
-            leaf = stream.detach().requires_grad_(coefficient > 0.0)
-            share = loss(layer, leaf)
-        total = total + share.detach()
-        if coefficient > 0.0:
-            (coefficient * share).backward()
-        if stream.requires_grad and leaf.grad is not None:  # h[0] has no gradient where embeddings are frozen
-            trained.append(stream)
-            gradients.append(leaf.grad)
+    measured: dict[int, Measured] = {}
+
+    def measure(layer: int, stream: Tensor) -> Tensor | None:
+        """The gradient of one stream's own loss."""
+        with torch.set_grad_enabled(coefficient > 0.0 and stream.requires_grad):
+            share, statistics = loss(layer, stream)
+        measured[layer] = share.detach(), statistics
+        return torch.autograd.grad(coefficient * share, stream)[0] if share.requires_grad else None
+
+    trained = [layer for layer in streams if coefficient > 0.0 and streams[layer].requires_grad]
+    for layer in trained[:-1]:
+        leaf = streams[layer].detach().requires_grad_()
+        streams[layer].register_hook(partial(_joined, partial(measure, layer, leaf)))
     if trained:
-        torch.autograd.backward(trained, gradients)
-    return total
+        top = streams[trained[-1]]
+        top.backward(measure(trained[-1], top.detach().requires_grad_()))
+    for layer in streams.keys() - measured.keys():  # h[0] has no gradient where embeddings are frozen
+        measure(layer, streams[layer].detach())
+    total, logged = torch.zeros((), device=next(iter(streams.values())).device), dict[str, Tensor]()
+    for layer in sorted(measured):
+        total = total + measured[layer][0]
+        _add(logged, measured[layer][1])
+    return total, logged
+
+
+def _joined(own: Callable[[], Tensor | None], above: Tensor) -> Tensor | None:
+    """The gradient of a stream: what the blocks `above` contribute, and its own loss."""
+    with torch.enable_grad():
+        gradient = own()
+    return above if gradient is None else above + gradient
 
 
 def _number(rows: Rows) -> Tensor:
