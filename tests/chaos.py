@@ -5,8 +5,8 @@
 A case is a kind of run (LoRA or full, AdamW or Muon, 1 to 3 ranks), a disturbance and a moment, all drawn from the
 seed. It passes if the run, started again, ends in the same bits (model, adapter, evaluations) and its log has every
 line once, with the same numbers. Most cases fork their ranks and do what torchrun does when one of them fails, which
-saves importing torch again; every tenth goes through launch/node.sh. As root, the full disk is a small tmpfs; otherwise
-it is a limit on the size of files.
+saves importing torch again; one of ten goes through launch/node.sh, and another one through two torchrun agents, as on
+two nodes. As root, the full disk is a small tmpfs; otherwise it is a limit on the size of files.
 """
 
 import argparse
@@ -14,10 +14,8 @@ import hashlib
 import json
 import os
 import random
-import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,9 +25,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-ROOT = Path(__file__).resolve().parent.parent
+from chaos_attempt import PATIENCE, ROOT, Forked, Launched, wait
+
 KINDS = {
     "lora-adamw": "--lora-rank 2",
     "lora-muon": "--lora-rank 2 --optimizer muon",
@@ -37,11 +36,11 @@ KINDS = {
     "full-muon": "--optimizer muon",
 }
 FAULTS = ("kill", "kill", "kill", "kill", "term", "usr1", "twice", "stop", "disk")
+FAULTS_OF_TWO_NODES = ("node", "node", "kill", "usr1")  # a node: an agent and its rank
 MOMENTS = ("any", "any", "saving", "saving", "exporting", "evaluating")
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 STEPS, SAVE_EVERY = 8, 2
-PATIENCE = 120.0  # seconds for one attempt
 STEP_TIMEOUT = 10  # seconds, after which the others give up a stopped rank
+SOON = 45.0  # seconds within which the rest of an attempt ends, of which a rank or a node was killed
 
 
 @dataclass(frozen=True)
@@ -55,126 +54,29 @@ class Case:
     moment: str
     share: float  # of the duration of an undisturbed run, for the moment `any`
     rank: int
-    torchrun: bool
+    how: Literal["forked", "torchrun", "agents"] = "forked"
 
     @classmethod
     def draw(cls, seed: int, number: int) -> "Case":
         rng = random.Random(f"{seed}/{number}")
-        ranks = rng.randint(1, 3)
+        agents = number % 10 == 4
+        ranks = 2 if agents else rng.randint(1, 3)
         return cls(
             number,
             rng.choice(list(KINDS)),
             ranks,
-            rng.choice(FAULTS),
+            rng.choice(FAULTS_OF_TWO_NODES if agents else FAULTS),
             rng.choice(MOMENTS),
             rng.uniform(0.0, 1.0),
             rng.randrange(ranks),
-            number % 10 == 9,
+            "agents" if agents else "torchrun" if number % 10 == 9 else "forked",
         )
 
-
-class Forked:
-    """The ranks of one attempt as forked processes; like torchrun, ends all of them when one fails."""
-
-    def __init__(self, words: list[str], ranks: int, log: Path, file_limit: int | None = None):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self._codes: dict[int, int] = {}
-        self.ranks = [self._fork(words, rank, ranks, port, log, file_limit) for rank in range(ranks)]
-        self._failed = 0.0
-
-    def _fork(self, words: list[str], rank: int, ranks: int, port: int, log: Path, file_limit: int | None) -> int:
-        pid = os.fork()
-        if pid > 0:
-            return pid
-        import torch
-
-        torch.set_num_threads(1)  # first of all: OpenMP's threads did not survive the fork
-        os.environ.update(ENVIRONMENT)
-        if ranks > 1:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        if file_limit is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-        code = 1
-        try:
-            import train
-            from unlearn.errors import run_command
-
-            sys.argv = words
-            run_command("train.py", train.main)
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-
-    def signal_all(self, number: int) -> None:
-        for pid in self.ranks:
-            self.signal(pid, number)
-
-    def signal(self, pid: int, number: int) -> None:
-        if pid not in self._codes:
-            os.kill(pid, number)
-
-    def poll(self) -> bool:
-        """Whether all ranks have ended."""
-        for pid in self.ranks:
-            if pid not in self._codes:
-                found, status = os.waitpid(pid, os.WNOHANG)
-                if found:
-                    self._codes[pid] = os.waitstatus_to_exitcode(status)
-        if not self._failed and any(self._codes.values()):
-            self._failed = time.monotonic()
-            self.signal_all(signal.SIGTERM)
-        if self._failed and time.monotonic() > self._failed + 8.0:
-            self.signal_all(signal.SIGKILL)
-        return len(self._codes) == len(self.ranks)
-
-    @property
-    def succeeded(self) -> bool:
-        return not any(self._codes.values())
-
-
-class Launched:
-    """The ranks of one attempt under launch/node.sh: torchrun where there are several."""
-
-    def __init__(self, words: list[str], ranks: int, log: Path):
-        command = [str(ROOT / "launch/node.sh"), "--ranks", str(ranks), *words]
-        environment = os.environ | ENVIRONMENT | {"PYTHON": sys.executable, "SHUTDOWN_SECONDS": "8"}
-        with log.open("a") as output:
-            self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
-        self._several = ranks > 1
-
-    @property
-    def ranks(self) -> list[int]:
-        pid = self._process.pid
-        if not self._several:
-            return [pid]
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-    def signal_all(self, number: int) -> None:
-        self._process.send_signal(number)
-
-    def signal(self, pid: int, number: int) -> None:
-        os.kill(pid, number)
-
-    def poll(self) -> bool:
-        return self._process.poll() is not None
-
-    @property
-    def succeeded(self) -> bool:
-        return self._process.returncode == 0
+    def start(self, words: list[str], log: Path, file_limit: int | None = None) -> Forked | Launched:
+        """Start the command `words`."""
+        if self.how == "forked" or file_limit is not None:
+            return Forked(words, self.ranks, log, file_limit)
+        return Launched(words, self.ranks, log, nodes=2 if self.how == "agents" else 1)
 
 
 def prepare(place: Path) -> None:
@@ -276,35 +178,20 @@ class Chaos:
             log = self._folder / f"case-{case.number}.txt"
             words = command(self._home, case.kind, place / "run")
             limit = 200_000 if case.fault == "disk" and not place.is_mount() else None
-            launched = case.torchrun and limit is None
-            job = Launched(words, case.ranks, log) if launched else Forked(words, case.ranks, log, limit)
-            doing = disturb(job, case, place, seconds + (8.0 if launched else 0.0))
-            if not wait(job):
+            job = case.start(words, log, limit)
+            doing = disturb(job, case, place, seconds + (8.0 if case.how != "forked" else 0.0))
+            if not wait(job, SOON if case.fault in ("kill", "node") and doing != "ended" else PATIENCE):
                 return doing, "the disturbed attempt hung"
             (place / "ballast").unlink(missing_ok=True)
-            told = case.fault in ("term", "usr1") and not job.succeeded and not launched
+            told = case.fault in ("term", "usr1") and not job.succeeded and case.how == "forked"
             if told and doing != "loading" and not (place / "run/PREEMPTED").exists():
                 return doing, "no marker"
-            again = Launched(words, case.ranks, log) if launched else Forked(words, case.ranks, log)
+            again = case.start(words, log)
             if not wait(again):
                 return doing, "the second attempt hung"
             if not again.succeeded:
                 return doing, "the second attempt failed"
             return doing, check(place / "run", expected)
-
-
-def wait(job: Forked | Launched) -> bool:
-    """Wait for all ranks; kill them if they take too long, and say so."""
-    deadline = time.monotonic() + PATIENCE
-    while not job.poll():
-        if time.monotonic() > deadline:
-            for pid in job.ranks:
-                job.signal(pid, signal.SIGKILL)
-            while not job.poll():
-                time.sleep(0.05)
-            return False
-        time.sleep(0.01)
-    return True
 
 
 def disturb(job: Forked | Launched, case: Case, place: Path, seconds: float) -> str:
@@ -337,6 +224,8 @@ def hit(job: Forked | Launched, case: Case, place: Path) -> None:
     victim = pids[case.rank % len(pids)] if pids else 0
     if case.fault == "kill" and victim:
         job.signal(victim, signal.SIGKILL)
+    elif case.fault == "node" and isinstance(job, Launched):
+        job.kill_node(case.rank)
     elif case.fault in ("term", "twice"):
         job.signal_all(signal.SIGTERM)
         if case.fault == "twice":
@@ -386,9 +275,8 @@ def main() -> None:
         doing, wrong = chaos.run(case)
         table[case.fault, doing] += 1
         failures += [(case, doing, wrong)] if wrong else []
-        how = "torchrun" if case.torchrun else "forked"
         print(
-            f"{number:4d} {case.kind:10} {case.ranks} rank(s) {how:8} {case.fault:5} while {doing:15} "
+            f"{number:4d} {case.kind:10} {case.ranks} rank(s) {case.how:8} {case.fault:5} while {doing:15} "
             f"{time.monotonic() - started:5.1f} s  {wrong or 'same bits'}",
             flush=True,
         )
