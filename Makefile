@@ -75,6 +75,7 @@ types: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/loss.py
 	$(BIN)/python benchmarks/load.py
+	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/muon.py
 

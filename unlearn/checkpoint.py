@@ -3,17 +3,18 @@
 That is the trainable parameters (of a LoRA run the adapters alone), every optimizer's state, the number of steps done
 and the length of the log; data order, dropout and schedules follow from (seed, step). `torch.distributed.checkpoint`
 writes what each rank holds, so a run may go on with another number of ranks. A checkpoint is written to
-`step-000032.tmp`, synced and renamed: what bears its final name is whole.
+`step-000032.tmp` while steps go on, and once all ranks have written theirs, it is synced and renamed between two steps:
+what bears its final name is whole.
 """
 
 import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,16 +24,17 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
-from unlearn.distributed import barrier, fail_together, from_main, is_main, world_size
+from unlearn.distributed import all_true, fail_together, from_main, is_main, world_size
 from unlearn.errors import UserError
-from unlearn.files import temporary_name, write_json, writing
+from unlearn.files import temporary_name, write_json
 from unlearn.metrics import MetricsLog
+from unlearn.saving import Written, saving
 from unlearn.stopping import StopSignals
 from unlearn.weights import shared_folder
 
 PROGRESS = "progress.json"
 FOLDER = "checkpoints"
-WRITER = "PytorchStreamWriter"  # torch's writer names itself where it hides what the operating system answered
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -79,30 +81,55 @@ class Checkpoints:
     ):
         self._folder, self._model, self._optimizers, self._log = folder / FOLDER, model, optimizers, log
         self._steps, self._every, self._keep, self.stop, self._extra = steps, every, keep, stop, extra
+        self._begun = ExitStack()  # what ends the checkpoint that is being written
+        self._written: Written | None = None
+
+    @contextmanager
+    def during_steps(self) -> Iterator[None]:
+        """Within the block a signal waits for the end of a step; an error in it drops what is being written."""
+        with self.stop.deferred(), self._begun:
+            yield
 
     def after(self, step: int) -> None:
         """Called by every rank when `step` optimizer steps are done.
 
         Raises:
             SystemExit: the run was told to stop; it is saved.
-            UserError: the checkpoint could not be written; the ones before are as they were.
+            UserError: a checkpoint could not be written; the ones before are as they were.
         """
         told = self.stop.agreed()
         if told or (self._every and (step % self._every == 0 or step == self._steps)):
-            self.save(step)
+            self._begin(step)
+        if told or step == self._steps or (self._written is not None and all_true(self._written.done(), CPU)):
+            self.settle()
         if told:
             self.stop.leave(told, f"saved after step {step} of {self._steps}; the same command goes on from there")
 
     def save(self, step: int) -> None:
-        """Write a checkpoint, then remove those beyond `keep`."""
-        folder = self._folder / f"step-{step:06d}"
-        with shared_folder(folder) as temporary:
-            _write(temporary, dict(tensors(self._model, self._optimizers)))
-            with fail_together():
-                if is_main():
-                    length, seconds = self._log.position()
-                    progress = {"step": step, "log_bytes": length, "seconds": seconds, "extra": self._extra()}
-                    write_json(temporary / PROGRESS, progress | {"world_size": world_size()})
+        """Write a checkpoint and wait for it."""
+        self._begin(step)
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until the checkpoint that is being written, if there is one, is whole; see `after`."""
+        self._written = None
+        self._begun.close()
+
+    def _begin(self, step: int) -> None:
+        self.settle()
+        self._written = self._begun.enter_context(self._writing(step))
+
+    @contextmanager
+    def _writing(self, step: int) -> Iterator[Written]:
+        """Write a checkpoint of this moment during the block, then remove those beyond `keep`."""
+        with shared_folder(self._folder / f"step-{step:06d}") as temporary:
+            with saving(temporary, dict(tensors(self._model, self._optimizers))) as written:
+                with fail_together():
+                    if is_main():
+                        length, seconds = self._log.position()
+                        progress = {"step": step, "log_bytes": length, "seconds": seconds, "extra": self._extra()}
+                        write_json(temporary / PROGRESS, progress | {"world_size": world_size()})
+                yield written
         if is_main():
             for old in whole(self._folder)[: -self._keep]:
                 remove(old)
@@ -226,32 +253,12 @@ def _check(folder: Path, wanted: Mapping[str, Tensor], stored: Mapping[str, Any]
         )
 
 
-def _write(folder: Path, state: dict[str, Tensor]) -> None:
-    try:
-        with _alone_if_so() as alone:
-            dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, sync_files=True), no_dist=alone)
-    except CheckpointException as error:
-        _raise_refusal(folder, error)
-    barrier()
-
-
 @contextmanager
 def _alone_if_so() -> Iterator[bool]:
     """Whether this process is alone, which torch would warn of each time."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield not dist.is_initialized()
-
-
-def _raise_refusal(folder: Path, error: CheckpointException) -> NoReturn:
-    """A `UserError` on every rank if on some rank the operating system refused to write; else the error as it is."""
-    for cause, _ in error.failures.values():
-        with writing(folder):
-            if isinstance(cause, OSError):
-                raise cause
-        if isinstance(cause, RuntimeError) and WRITER in str(cause):
-            raise UserError(f"expected to write {folder}; found {_reason(cause)!r}: free some space") from error
-    raise error
 
 
 def _reason(error: BaseException) -> str:

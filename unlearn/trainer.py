@@ -74,9 +74,11 @@ def train(
         UserError: a loss or gradient is not finite on some rank; no weight of that step has then been changed.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with checkpoints.stop.deferred() if checkpoints is not None else nullcontext():
+    with checkpoints.during_steps() if checkpoints is not None else nullcontext():
         for step in range(first, steps):
             if evaluate is not None and eval_every is not None and step % eval_every == 0:
+                if checkpoints is not None:
+                    checkpoints.settle()  # an evaluation may take long, and be killed
                 evaluate(step)
             started = time.monotonic()
             model.train()
