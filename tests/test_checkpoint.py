@@ -19,7 +19,7 @@ from unlearn.checkpoint import Checkpoints, load, tensors
 from unlearn.config import TrainConfig
 from unlearn.errors import UserError, run_command
 from unlearn.metrics import MetricsLog
-from unlearn.preflight import check_disk, files_hash
+from unlearn.preflight import check_disk, files_hash, versions
 from unlearn.stopping import StopSignals
 
 pytestmark = pytest.mark.usefixtures("token_cache")
@@ -37,7 +37,7 @@ def attempt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
             assert stop.code == 2
             (line,) = [line for line in capsys.readouterr().err.splitlines() if "train.py: error: " in line]
             return line
-        return capsys.readouterr().out
+        return "".join(capsys.readouterr())
 
     return run_here
 
@@ -65,7 +65,8 @@ def test_the_same_command_goes_on_at_the_export_and_then_does_nothing(
 ) -> None:
     (tmp_path / "run/checkpoints/step-000007.tmp").mkdir()
     before = (tmp_path / "run/metrics.jsonl").read_text()
-    assert "going on after step 3 of 3" in attempt(*half_done)
+    said = attempt(*half_done)
+    assert "going on after step 3 of 3" in said and "warning: " not in said
     assert (tmp_path / "run/metrics.jsonl").read_text() == before
     assert not (tmp_path / "run/checkpoints").exists()
     changed = (tmp_path / "run/model/model.safetensors").stat().st_mtime_ns
@@ -92,6 +93,20 @@ def test_another_run_is_refused_by_naming_the_difference(
 
 def test_a_layout_may_change(half_done: list[object], attempt: Callable[..., str]) -> None:
     assert "going on after step 3" in attempt(*half_done, "--micro-batch", 2, "--shard", "full")
+
+
+def test_other_code_and_versions_are_warned_of(
+    half_done: list[object], attempt: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unlearn.attempt.code_hash", lambda: "f" * 64)
+    monkeypatch.setattr("unlearn.attempt.versions", lambda: versions() | {"torch": "3.0.0"})
+    monkeypatch.setattr("unlearn.run_folder.world_size", lambda: 2)
+    said = attempt(*half_done)
+    (warning,) = [line for line in said.splitlines() if line.startswith("warning: ")]
+    assert (
+        "code " in warning and "not ffffffffffff; ranks 1, not 2; torch 2" in warning and "not 3.0.0, as in" in warning
+    )
+    assert "transformers" not in warning and "going on after step 3" in said
 
 
 def test_a_damaged_checkpoint_and_a_cut_log(

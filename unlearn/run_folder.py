@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -161,7 +162,10 @@ def begin(
                 folder.mkdir(parents=True, exist_ok=True)
                 _empty(folder) if recorded is None else _tidy(folder)
             recorded = recorded or {"identity": dict(identity), "finished": False, "attempts": []}
-            recorded["attempts"].append(dict(facts) | {"ranks": world_size()})
+            attempt = dict(facts) | {"ranks": world_size()}
+            for before in recorded["attempts"][-1:]:
+                _tell_changes(before, attempt)
+            recorded["attempts"].append(attempt)
             write_json(folder / "run.json", recorded)
             write_json(folder / "config.json", _as_json(config))
     barrier()
@@ -182,6 +186,19 @@ def _same_run(folder: Path, identity: Mapping[str, str], overwrite: bool) -> dic
         f"another ({str(identity.get(odd[0]))[:12]}): put it back, choose another --output, or give --overwrite to "
         "start anew"
     )
+
+
+def _tell_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Warn of the code, the versions and the number of ranks in which an attempt differs from the one before it."""
+    old, new = ({"code": a["code"][:12], "ranks": a["ranks"]} | a["versions"] for a in (before, now))
+    odd = [f"{key} {old.get(key)}, not {new.get(key)}" for key in new | old if old.get(key) != new.get(key)]
+    if odd:
+        print(
+            f"warning: expected {'; '.join(odd)}, as in the attempt before: the result may differ from that of an "
+            "undisturbed run",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _tidy(folder: Path) -> None:
