@@ -68,7 +68,7 @@ declare -A settings=(
     [TOKENIZERS_PARALLELISM]=false
 )
 if ((nodes == 1)); then # one node needs nobody else: let nothing of the ranks listen beyond it
-    settings+=([GLOO_SOCKET_IFNAME]=lo [NCCL_SOCKET_IFNAME]=lo)
+    settings+=([GLOO_SOCKET_IFNAME]=lo [NCCL_SOCKET_IFNAME]=lo [TORCH_DISABLE_SHARE_RDZV_TCP_STORE]=1)
 fi
 for name in "${!settings[@]}"; do export "$name=${!name:-${settings[$name]}}"; done
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
@@ -83,8 +83,10 @@ if ((ranks * nodes > 1)); then
     if ((nodes > 1)); then
         command+=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$endpoint" --rdzv-id "$id"
             --rdzv-conf "is_host=$host" --local-addr "$address")
-    else
-        command+=(--standalone)
+    else # torchrun's stores listen on every interface, unless it is given a file and the ranks make a store themselves
+        meeting=DRY_RUN
+        $dry_run || meeting=$(mktemp -t unlearn-ranks.XXXXXX)
+        command+=(--rdzv-backend c10d --rdzv-conf store_type=file --rdzv-endpoint "$meeting" --local-addr 127.0.0.1)
     fi
 fi
 if [[ $1 != -m && -f $root/$1 ]]; then # the scripts of this project, from wherever this was started

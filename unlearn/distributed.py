@@ -4,11 +4,12 @@ Everything here also works without torchrun: one process is rank 0 of 1, and eve
 """
 
 import os
+import socket
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,9 @@ from unlearn.errors import UserError
 # A stopped rank makes the others fail after this, instead of hanging for ever: up to the end of the first step, which
 # includes loading and compiling, and from then on.
 TIMEOUT, STEP_TIMEOUT = timedelta(minutes=30), timedelta(minutes=10)
+# What gloo says on a rank where another one has died, or has not answered in time.
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+LOOPBACK = "127.0.0.1"
 
 Value = TypeVar("Value")
 
@@ -58,13 +62,30 @@ def process_group() -> Iterator[torch.device]:
     outermost = not dist.is_initialized()
     if outermost and "RANK" in os.environ:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        own_store = os.environ["MASTER_ADDR"] == LOOPBACK and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        dist.init_process_group(backend, timeout=TIMEOUT, **(_loopback_store() if own_store else {}))
     try:
         yield device
+    except RuntimeError as error:
+        if not any(word in str(error) for word in LOST):
+            raise
+        raise UserError(
+            f"expected all {world_size()} ranks to be there until the end; found one lost "
+            f"({str(error).splitlines()[0]!r}): see what it said, and start the same command again"
+        ) from error
     finally:
         alone = isinstance(sys.exception(), Exception) and not isinstance(sys.exception(), UserError)
         if outermost and dist.is_initialized() and not (alone and world_size() > 1):
             dist.destroy_process_group()
+
+
+def _loopback_store() -> dict[str, Any]:
+    """The store in which ranks on one machine find each other, and this rank's place: torch's listens everywhere."""
+    place = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+    port, serves = int(os.environ["MASTER_PORT"]), place["rank"] == 0
+    listening = socket.create_server((LOOPBACK, port), backlog=place["world_size"]).detach() if serves else None
+    store = dist.TCPStore(LOOPBACK, port, is_master=serves, timeout=TIMEOUT, master_listen_fd=listening)
+    return place | {"store": store}
 
 
 def set_timeout(timeout: timedelta) -> None:

@@ -16,7 +16,7 @@ from harness import run_ranks
 from test_training import prepare
 
 from unlearn.checkpoint import Checkpoints
-from unlearn.distributed import rank
+from unlearn.distributed import barrier, process_group, rank
 from unlearn.errors import UserError
 from unlearn.metrics import MetricsLog
 from unlearn.optim.build import linear_schedule
@@ -105,6 +105,25 @@ def told(folder: Path) -> tuple[int, int, int, bool]:
 
 def test_one_rank_told_stops_all_and_an_echo_is_no_second_signal(tmp_path: Path) -> None:
     assert run_ranks(2, told, tmp_path) == [(0, signal.SIGUSR1, 128 + signal.SIGUSR1, True)] * 2
+
+
+def left_alone(file: Path) -> None:
+    """Rank 1 dies; the other one is in a collective."""
+    with process_group():
+        if rank() == 1:
+            os._exit(9)
+        try:
+            with process_group():
+                barrier()
+        except UserError as error:
+            file.write_text(str(error))
+
+
+def test_a_rank_whose_peer_is_gone_says_so_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="died without a word"):
+        run_ranks(2, left_alone, tmp_path / "said")
+    said = (tmp_path / "said").read_text()
+    assert said.startswith("expected all 2 ranks") and "start the same command again" in said and "\n" not in said
 
 
 def block(seconds: float) -> None:

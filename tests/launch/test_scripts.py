@@ -80,7 +80,7 @@ def test_a_rank_for_each_visible_gpu(devices: str, ranks: int) -> None:
     (words,) = commands(output)
     assert ("torch.distributed.run" in words) == (ranks > 1)
     if ranks > 1:
-        assert value(words, "--nproc-per-node") == str(ranks) and "--standalone" in words
+        assert value(words, "--nproc-per-node") == str(ranks) and value(words, "--local-addr") == "127.0.0.1"
     assert "export GLOO_SOCKET_IFNAME=lo" in output
 
 
@@ -100,7 +100,7 @@ def test_a_module_and_several_nodes() -> None:
     assert words[-5:] == ["-m", "unlearn", "fit-lens", "--output", "a b"]
     expected = {"--nnodes": "2", "--rdzv-endpoint": "n1:15000", "--rdzv-id": "7.0", "--local-addr": "n2"}
     assert {flag: value(words, flag) for flag in expected} == expected
-    assert value(words, "--rdzv-conf") == "is_host=0" and "--standalone" not in words
+    assert value(words, "--rdzv-conf") == "is_host=0" and "store_type=file" not in words
     assert "SIGUSR1" in value(words, "--signals-to-handle") and value(words, "--max-restarts") == "0"
     assert "GLOO_SOCKET_IFNAME=lo" not in output, "several nodes must meet on a network"
 
@@ -144,6 +144,36 @@ def test_the_ranks_of_one_node_save_when_told(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, done + 4))
     assert not (tmp_path / "PREEMPTED").exists()
+
+
+def test_nothing_listens_beyond_loopback_on_one_node(tmp_path: Path) -> None:
+    """Neither torchrun nor its ranks nor what they start, while ranks are in a process group."""
+    script = tmp_path / "listen.py"
+    script.write_text(LISTEN)
+    text = call(LAUNCH / "node.sh", "--ranks", 2, script, TMPDIR=str(tmp_path))
+    addresses = json.loads(text.splitlines()[-1])
+    assert len(addresses) >= 3, "the store and a socket of each rank"
+    assert {address.rpartition(":")[0] for address in addresses} == {"0100007F"}, "127.0.0.1, as the kernel writes it"
+
+
+# The local addresses on which torchrun and its ranks listen: the sockets in state 0A of which one of them has a handle.
+LISTEN = """
+import json, os
+from pathlib import Path
+from unlearn.distributed import barrier, gather, is_main, process_group
+
+def listening(pid):
+    handles = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir() if entry.is_symlink()]
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in handles]
+
+with process_group():
+    barrier()
+    own = gather(listening(os.getpid()))
+    if is_main():
+        print(json.dumps(listening(os.getppid()) + [address for of_rank in own for address in of_rank]))
+    barrier()
+"""
 
 
 @pytest.fixture
