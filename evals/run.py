@@ -11,6 +11,7 @@ Any number of ranks gives the same numbers to the last bit. Without network give
 from typing import TYPE_CHECKING, Any
 
 from evals.eval_config import EvalConfig
+from unlearn.command_line import typed_command
 from unlearn.config import parse_flags
 from unlearn.errors import run_command
 
@@ -34,6 +35,7 @@ def evaluate_checkpoint(config: EvalConfig) -> None:
         base = _baseline(config, evaluation)
         model = load_model(config.model, revision=config.revision, dtype=DTYPES[config.dtype], device=device)
         result = evaluation.run(model, name=config.model, revision=config.revision)
+        result["unlearn"]["command"] = typed_command()
         _judge(config, result, base)
         if is_main():
             print(_report(result))

@@ -8,6 +8,7 @@ from typing import Any
 from evals.targets import Target
 from launch.sweep_config import Sweep
 from unlearn.files import write_json, writing
+from unlearn.report.sweep_record import bounds, trial_notes
 
 Record = dict[str, Any]
 COLUMNS = ("steps", "batch", "examples", "remove_coef", "retain_coef", "adam_lr", "muon_lr")
@@ -100,7 +101,7 @@ def _describe(found: Record | None, records: Sequence[Record]) -> str:
     values = " ".join(f"--{flag} {value}" for flag, value in found["values"].items())
     others = [one for one in seeds_of(found, records) if one["seed"] != found["seed"]]
     seeds = "".join(f"; seed {one['seed']}: {'met' if one['state'] == 'met' else 'not met'}" for one in others)
-    return f"trial {found['number']}, `{values} --seed {found['seed']}`: {_notes(found)}{seeds}"
+    return f"trial {found['number']}, `{values} --seed {found['seed']}`: {trial_notes(found)}{seeds}"
 
 
 def _row(record: Record, extra: Sequence[str], tasks: Sequence[str]) -> list[str]:
@@ -109,19 +110,7 @@ def _row(record: Record, extra: Sequence[str], tasks: Sequence[str]) -> list[str
     row += [record["values"][flag] for flag in extra] + [str(record["seed"])]
     row += [_number(record.get("losses", {}).get(name), ".4g") for name in ("forget_loss", "retain_loss")]
     accuracies = record.get("accuracies", {})
-    return [*row, *(_accuracy(accuracies[task]) if accuracies else NONE for task in tasks), _notes(record)]
-
-
-def _notes(record: Record) -> str:
-    """How the trial ended, and what to know about its numbers."""
-    if record["state"] == "failed":
-        return f"failed: {record['reason']}"
-    notes = [record["verdict"]["by_point"]]
-    if record["state"] == "met":
-        notes.append(f"{record['verdict']['by_interval']} by interval")
-    if record["questions"] != "all":
-        notes.append("a subsample of the questions")
-    return "; ".join([*notes, *(one["collapse"] for one in record["verdict"]["targets"] if one["collapse"])])
+    return [*row, *(_accuracy(accuracies[task]) if accuracies else NONE for task in tasks), trial_notes(record)]
 
 
 def _number(value: float | None, form: str = "g") -> str:
@@ -135,27 +124,11 @@ def _accuracy(numbers: Mapping[str, Any]) -> str:
 
 def draw_frontier(sweep: Sweep, records: Sequence[Record], before: Mapping[str, Any], path: Path) -> bool:
     """Draw hazard against general accuracy, a point a trial; False without matplotlib or two kinds of target."""
-    bounds = {target.operator: target for target in reversed(sweep.config.targets())}
-    if importlib.util.find_spec("matplotlib") is None or len(bounds) < 2:
+    limits = bounds({"target": sweep.config.target})
+    if importlib.util.find_spec("matplotlib") is None or len(limits) < 2:
         return False
-    from matplotlib.figure import Figure
+    from unlearn.report.figures import save_frontier
 
-    hazard, general = bounds["<="], bounds[">="]
-    figure = Figure(figsize=(6, 4.5), layout="constrained")
-    axes = figure.subplots()
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        if record["state"] != "failed":
-            groups.setdefault(record["verdict"]["by_point"], []).append(record)
-    colors = {"met": "#1b6e3c", "not met": "#5f6b7a", "met only by collapse": "#b3261e"}
-    for word, group in groups.items():
-        x, y = ([100 * one["accuracies"][bound.task]["acc"] for one in group] for bound in (hazard, general))
-        axes.scatter(x, y, label=word, color=colors.get(word, "#8a6d00"), s=24)
-    axes.scatter(100 * before[hazard.task]["acc"], 100 * before[general.task]["acc"], label="before", marker="x")
-    axes.axvline(100 * hazard.value, color="grey", linewidth=1, linestyle=":")
-    axes.axhline(100 * general.value, color="grey", linewidth=1, linestyle=":")
-    axes.set(xlabel=f"{hazard.task}, %: lower is better", ylabel=f"{general.task}, %: higher is better")
-    axes.legend(fontsize="small")
     with writing(path):
-        figure.savefig(path, dpi=150)
+        save_frontier(records, before, limits["<="], limits[">="], path)
     return True

@@ -20,7 +20,7 @@ from unlearn.errors import UserError
 from unlearn.lens import TunedLens
 from unlearn.lens_readings import LONGEST
 from unlearn.report import write_report
-from unlearn.report.page import command
+from unlearn.report.origins import command
 from unlearn.report.record import read_record
 from unlearn.report_config import ReportConfig
 

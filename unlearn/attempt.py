@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from unlearn.checkpoint import Checkpoints
+from unlearn.command_line import typed_command
 from unlearn.config import ResumeFlags
 from unlearn.distributed import is_main
 from unlearn.metrics import MetricsLog
@@ -57,7 +58,7 @@ class Attempt:
         every, there = self.config.save_every, len(list(self.folder.glob("checkpoints/step-*")))
         count = max(0, self.config.keep + 1 - there) if every else 0
         check_disk(self.folder, checkpoint=checkpoint_bytes(optimizers), count=count, export=export)
-        begin(self.folder, self.flags, self.earlier, identity, self.facts)
+        begin(self.folder, self.flags, self.earlier, identity, self.facts | {"command": typed_command()})
         if is_main():
             self.marker.unlink(missing_ok=True)
 

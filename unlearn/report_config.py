@@ -10,18 +10,18 @@ from unlearn.errors import UserError
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Write RUN/report.html: one self-contained page with what a run did and what was measured. Replaces an earlier
-    report."""
+    """Write FOLDER/report.html: one self-contained page with what a run did and what was measured, or with what a sweep
+    tried and its best trial's run. Replaces an earlier report."""
 
-    run: Annotated[str, tyro.conf.Positional]
-    """Folder that train.py wrote."""
+    folder: Annotated[str, tyro.conf.Positional]
+    """Folder that train.py or launch/sweep.py wrote."""
     evals: tuple[str, ...] = ()
-    """Folders with results of evals/run.py for the original or the unlearned model, beside RUN/evals."""
+    """Folders with results of evals/run.py for the original or the unlearned model, beside FOLDER/evals."""
     attacks: tuple[str, ...] = ()
-    """Folders that evals/tamper.py wrote, beside those next to RUN that attacked its model."""
+    """Folders that evals/tamper.py wrote, beside those next to FOLDER that attacked its model."""
     prompts: tuple[str, ...] = ()
-    """Texts to read with the lens at every layer, before and after: loads both models and writes RUN/lens.json, which
-    later reports show too."""
+    """Texts to read with a run's lens at every layer, before and after: loads both models and writes FOLDER/lens.json,
+    which later reports show too. train.py --prompts reads them on the way, without loading either again."""
 
     def __post_init__(self) -> None:
         if not all(prompt.strip() for prompt in self.prompts):

@@ -1,4 +1,4 @@
-"""One self-contained HTML page for a run: verdict, accuracies, curves, what the lens reads, flags and versions."""
+"""One self-contained HTML page for a run or a sweep: verdict, accuracies, curves, what the lens reads, flags."""
 
 import importlib.util
 import os
@@ -11,34 +11,59 @@ from unlearn.report_config import ReportConfig
 
 
 def write_report(config: ReportConfig) -> Path:
-    """Write RUN/report.html from what stands in the run's folder, and return its path.
+    """Write FOLDER/report.html from what stands in a run's or a sweep's folder, and return its path.
 
     Raises:
-        UserError: there is no run, a file is damaged, or matplotlib is not installed.
+        UserError: the folder is neither, a file is damaged, or matplotlib or jinja2 is not installed.
     """
+    from unlearn.report.sweep_record import is_sweep
+
+    folder = Path(config.folder).expanduser()
+    make = _sweep_page if is_sweep(folder) else _run_page
+    file = folder / "report.html"
+    _write(file, make(folder, config))
+    print(f"report: {file}")
+    return file
+
+
+def check_installed() -> None:
+    """Raise unless what draws and fills a page is installed."""
+    for package in ("matplotlib", "jinja2"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"expected {package} for the report; found none: pip install 'unlearn[report]'")
+
+
+def _run_page(folder: Path, config: ReportConfig) -> str:
     from unlearn.report.record import read_record
 
-    folder = Path(config.run).expanduser()
     record = read_record(folder, config.evals, config.attacks)
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("expected matplotlib for the report; found none: pip install 'unlearn[report]'")
+    check_installed()
     if config.prompts:
         from unlearn.lens_readings import write_readings  # imports torch
 
         write_readings(folder, record.config, config.prompts)
         record = read_record(folder, config.evals, config.attacks)
-    from unlearn.report.page import render
-
-    file = folder / "report.html"
-    _write(file, render(record))
-    print(f"report: {file}")
     if not record.measured:
         print(
             f"python -m unlearn: note: {folder} was not evaluated: run evals/run.py --model {folder / 'model'} --out "
             f"{folder / 'evals'}, then report again",
             file=sys.stderr,
         )
-    return file
+    from unlearn.report.page import render
+
+    return render(record)
+
+
+def _sweep_page(folder: Path, config: ReportConfig) -> str:
+    from unlearn.report.sweep_record import read_sweep
+
+    if config.prompts:
+        raise UserError(f"--prompts has no effect on {folder}, a sweep: give the folder of one of its runs")
+    sweep = read_sweep(folder, config.evals, config.attacks)
+    check_installed()
+    from unlearn.report.sweep_page import render_sweep
+
+    return render_sweep(sweep)
 
 
 def _write(file: Path, text: str) -> None:

@@ -5,7 +5,8 @@ matplotlib draws them; nothing in them refers to anything outside the page.
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -32,6 +33,9 @@ STYLE: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
 }
 CHANCE = 0.25  # of four choices
+KINDS = {"met": ("#2e9e5b", "o"), "not met": ("#7f8a99", "s"), "collapse": ("#d9534f", "X")}  # colour, mark of a trial
+
+Bound = tuple[str, float]  # a task and the share that a target allows it
 
 
 def curve(lines: Sequence[dict[str, Any]], keys: Sequence[str], label: str, *, log: bool = False) -> str:
@@ -145,6 +149,69 @@ def training_course(during: Sequence[tuple[int, Measurement]], tasks: Sequence[s
     """Accuracies measured during training; "" if there are fewer than three moments of it."""
     points = [(step, measurement.tasks) for step, measurement in during]
     return course(points, tasks, "optimizer steps of unlearning") if len(points) > 2 else ""
+
+
+def frontier(trials: Sequence[dict[str, Any]], before: Tasks, hazard: Bound, general: Bound) -> str:
+    """The accuracies that two targets of a sweep bind against each other, a mark a trial."""
+    with matplotlib.rc_context(STYLE):
+        return _svg(_frontier(trials, before, hazard, general))
+
+
+def save_frontier(trials: Sequence[dict[str, Any]], before: Tasks, hazard: Bound, general: Bound, path: Path) -> None:
+    """The same as a PNG."""
+    with matplotlib.rc_context(STYLE):
+        _frontier(trials, before, hazard, general).savefig(path, dpi=150)
+
+
+def _frontier(trials: Sequence[dict[str, Any]], before: Tasks, hazard: Bound, general: Bound) -> Figure:
+    """Each trial by its number, with 95 % intervals; the line joins those that no other beats in both accuracies."""
+    figure, axes = _axes(f"{_short(hazard[0])}: lower is better", f"{_short(general[0])}: higher is better", height=3.6)
+    places: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
+    for trial in trials:
+        if trial["state"] != "failed":
+            measured = [trial["accuracies"][task] for task, _ in (hazard, general)]
+            places[_kind(trial)].append(_mark_trial(axes, *measured, str(trial["number"]), *KINDS[_kind(trial)]))
+    for kind, (color, form) in KINDS.items():
+        if places[kind]:
+            axes.plot([], [], form, color=color, label=kind)
+    ahead = _unbeaten(places["met"] + places["not met"])
+    axes.plot([x for x, _ in ahead], [y for _, y in ahead], color=INK, linewidth=0.8, alpha=0.6)
+    if before:
+        axes.plot(before[hazard[0]]["acc"], before[general[0]]["acc"], "x", color=INK, label="before", linestyle="")
+    for draw, (_, share) in ((axes.axvline, hazard), (axes.axhline, general)):
+        draw(share, color=INK, linewidth=0.8, linestyle=":", alpha=0.6)
+    figure.legend(loc="outside upper center", ncols=4)
+    return figure
+
+
+def _kind(trial: dict[str, Any]) -> str:
+    """What the mark of a trial tells: a collapse is one, whatever else its verdict says."""
+    verdict = trial["verdict"]
+    if any(one["collapse"] for one in verdict["targets"]):
+        return "collapse"
+    return "met" if verdict["by_point"] == "met" else "not met"
+
+
+def _mark_trial(
+    axes: Axes, across: dict[str, Any], up: dict[str, Any], name: str, color: str, form: str
+) -> tuple[float, float]:
+    """Draw one trial with its intervals, and return its place."""
+    place = (across["acc"], up["acc"])
+    reach = [np.clip([[n["acc"] - n["interval"][0]], [n["interval"][1] - n["acc"]]], 0.0, None) for n in (across, up)]
+    axes.errorbar(
+        *([value] for value in place), xerr=reach[0], yerr=reach[1], fmt=form, color=color, markersize=5, elinewidth=0.5
+    )
+    axes.annotate(name, place, (4, 3), textcoords="offset points", fontsize=8)
+    return place
+
+
+def _unbeaten(places: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those with no other of less (or equal) hazard and more (or equal) general accuracy, by hazard."""
+    ahead: list[tuple[float, float]] = []
+    for hazard, general in sorted(set(places), key=lambda place: (place[0], -place[1])):
+        if not ahead or general > ahead[-1][1]:
+            ahead.append((hazard, general))
+    return ahead
 
 
 def _short(name: str) -> str:

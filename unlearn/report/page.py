@@ -1,8 +1,5 @@
 """The page of a report: what stands where. `page.html` is its form; everything that it prints is escaped there."""
 
-import dataclasses
-import importlib.metadata
-import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,21 +7,21 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from unlearn.config import TrainConfig
-from unlearn.report import figures
+from unlearn.report import figures, origins
 from unlearn.report.record import Attack, Measurement, Record, Tasks, merged
 from unlearn.report.text import printable
 
-PACKAGES = ("unlearn", "torch", "transformers", "lm-eval", "datasets", "matplotlib")
 # Shares of the answers above which a habit, and not knowledge, may decide an accuracy.
 HABIT = 0.6
 
 
 def render(record: Record) -> str:
-    """The whole page, as HTML with style and pictures inside."""
-    stages = _stages(record)
-    tasks = _in_order(stages.values())
-    main = [task for task in tasks if task.partition("/")[0] not in record.members]
+    """The whole page of a run, as HTML with style and pictures inside."""
+    return fill("run.html", name=record.folder.resolve().name, summary=_summary(record), **parts(record))
+
+
+def fill(template: str, **values: Any) -> str:
+    """A template with `values` in it, all of them escaped but for those that are `Markup`."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -34,21 +31,26 @@ def render(record: Record) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(percent=_percent, visible=_visible)
-    return environment.get_template("page.html").render(
-        record=record,
-        name=record.folder.resolve().name,
-        summary=_summary(record),
-        verdicts=_verdicts(record.after),
-        stages=stages,
-        rows=list(_rows(stages, main)),
-        member_rows=list(_rows(stages, [task for task in tasks if task not in main])),
-        notes=list(_notes(record, stages)),
-        pictures=_pictures(record, stages, [task for task in main if "/" not in task]),
-        command=command(record.config),
-        flags=_given(record.config),
-        files=list(_files(record)),
-        versions=_versions(),
-    )
+    return environment.get_template(template).render(versions=origins.versions(), **values)
+
+
+def parts(record: Record) -> dict[str, Any]:
+    """What run_body.html shows of a run."""
+    stages = _stages(record)
+    tasks = _in_order(stages.values())
+    main = [task for task in tasks if task.partition("/")[0] not in record.members]
+    return {
+        "record": record,
+        "verdicts": _verdicts(record.after),
+        "stages": stages,
+        "rows": list(_rows(stages, main)),
+        "member_rows": list(_rows(stages, [task for task in tasks if task not in main])),
+        "notes": list(_notes(record, stages)),
+        "pictures": _pictures(record, stages, [task for task in main if "/" not in task]),
+        "commands": origins.commands(record),
+        "flags": origins.given(record.config),
+        "files": list(origins.files(record)),
+    }
 
 
 def _stages(record: Record) -> dict[str, Tasks]:
@@ -148,14 +150,16 @@ def _pictures(record: Record, stages: dict[str, Tasks], tasks: list[str]) -> dic
         ],
         "letters": [(f"{task}: which choices were answered", figures.letters(stages, task)) for task in tasks],
     }
-    return {
-        section: [
-            {"caption": caption, "svg": Markup(figures.with_own_ids(svg, f"{section}-{index}"))}
-            for index, (caption, svg) in enumerate(pictures)
-            if svg
-        ]
-        for section, pictures in drawn.items()
-    }
+    return {section: shown(section, pictures) for section, pictures in drawn.items()}
+
+
+def shown(section: str, pictures: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
+    """A section's pictures, given as (caption, SVG), as the templates take them; those that were not drawn left out."""
+    return [
+        {"caption": caption, "svg": Markup(figures.with_own_ids(svg, f"{section}-{index}"))}
+        for index, (caption, svg) in enumerate(pictures)
+        if svg
+    ]
 
 
 def _accuracies(stages: dict[str, Tasks], tasks: list[str]) -> str:
@@ -167,56 +171,6 @@ def _summary(record: Record) -> str:
     config = record.config
     kind = f"LoRA rank {config['lora_rank']}" if config.get("lora_rank") else "full training"
     return f"{config['model']}: {kind}, {config.get('optimizer', 'adamw')}, {len(record.steps)} logged steps"
-
-
-def command(config: dict[str, Any]) -> str:
-    """The command line of train.py that gives these flags: every one that differs from its default."""
-    defaults = {item.name: item.default for item in dataclasses.fields(TrainConfig)}
-    words = ["python", "train.py"]
-    for name, value in config.items():
-        value = tuple(value) if isinstance(value, list) else value
-        if value is None or value == defaults.get(name, False):
-            continue
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
-    return shlex.join(words)
-
-
-def _files(record: Record) -> Iterator[dict[str, Any]]:
-    """The results that were read, with the versions and digests that they hold."""
-    for label, measurements in (("before", record.before), ("after", record.after)):
-        for measurement in measurements:
-            yield {"label": label, "file": measurement.file, "facts": dict(_flat(measurement.details))}
-    for attack in record.attacks:
-        yield {"label": "attack", "file": attack.folder / "attack.json", "facts": dict(_flat(attack.config))}
-
-
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """The leaves of nested dictionaries, by their dotted names."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _flat(inner, f"{name}.{key}" if name else str(key))
-    elif value is not None:
-        yield name, " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _given(config: dict[str, Any]) -> dict[str, str]:
-    """The flags that have a value."""
-    return {name: value for name, value in _flat(config) if value != ""}
-
-
-def _versions() -> dict[str, str]:
-    """What is installed where the report is made."""
-    installed = {}
-    for package in PACKAGES:
-        try:
-            installed[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return installed
 
 
 def _percent(share: float) -> str:

@@ -21,6 +21,7 @@ class Measurement:
         verdict: what the evaluation says of its targets, if it was given any.
         details: versions and digests of the question files, where the file has them.
         members: tasks that were only measured as part of a group.
+        command: what measured it, "" if that was not written down.
     """
 
     file: Path
@@ -28,17 +29,25 @@ class Measurement:
     verdict: Any = None
     details: dict[str, Any] = field(default_factory=dict)
     members: frozenset[str] = frozenset()
+    command: str = ""
 
 
 @dataclass(frozen=True)
 class Attack:
-    """One fine-tuning attack: its flags, accuracies by optimizer step, and tasks measured only as part of a group."""
+    """One fine-tuning attack.
+
+    Attributes:
+        config: its flags. recorded: its run.json, {} without one.
+        points: accuracies by optimizer step.
+        members: tasks that were only measured as part of a group.
+    """
 
     folder: Path
     config: dict[str, Any]
     points: list[tuple[int, Tasks]]
     warnings: list[str]
     members: frozenset[str]
+    recorded: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,7 @@ class Record:
     """Everything that a report shows.
 
     Attributes:
+        config: the run's flags. recorded: its run.json, with digests and versions; {} without one.
         steps: the lines of metrics.jsonl that belong to an optimizer step.
         during: accuracies by steps done, as train.py measured them.
         before, after: of the original model and of the unlearned one.
@@ -56,6 +66,7 @@ class Record:
 
     folder: Path
     config: dict[str, Any]
+    recorded: dict[str, Any]
     steps: list[dict[str, Any]]
     during: list[tuple[int, Measurement]]
     before: list[Measurement]
@@ -88,7 +99,7 @@ def read_record(folder: Path, evals: Iterable[str] = (), attacks: Iterable[str] 
         UserError: it is not a run's folder, a file is damaged, or a result belongs to another model.
     """
     config = _read_config(folder)
-    steps = [line for line in _read_lines(folder / "metrics.jsonl") if "loss" in line]
+    steps = [line for line in read_lines(folder / "metrics.jsonl") if "loss" in line]
     done = steps[-1]["step"] + 1 if steps else 0
     during = sorted(
         ((_step(file), _read_summary(file, config)) for file in (folder / "evals").glob("step-*.json")), key=_first
@@ -101,16 +112,16 @@ def read_record(folder: Path, evals: Iterable[str] = (), attacks: Iterable[str] 
         for file in sorted(files):
             original, found = _read_result(file, folder, config)
             (before if original else after).append(found)
-    readings = _read_json(folder / "lens.json") if (folder / "lens.json").is_file() else None
     return Record(
         folder=folder,
         config=config,
+        recorded=_read_if_there(folder / "run.json"),
         steps=steps,
         during=during,
         before=before,
         after=after,
         attacks=list(_read_attacks(folder, attacks)),
-        readings=readings,
+        readings=_read_if_there(folder / "lens.json") or None,
         finished=finished,
         empty=[place for place, files in given.items() if not files],
     )
@@ -126,18 +137,21 @@ def merged(measurements: Iterable[Measurement]) -> Tasks:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise UserError(f"expected a folder that train.py wrote; found nothing at {folder}: check the path")
+        raise UserError(f"expected a run's or a sweep's folder; found nothing at {folder}: check the path")
     file = folder / "config.json"
-    config = _read_json(file) if file.is_file() else {}
-    if not {"model", "forget", "retain"} <= config.keys():
-        raise UserError(
-            f"expected a folder that train.py wrote, with config.json and metrics.jsonl; found another one at "
-            f"{folder}: give a run's folder"
-        )
-    return config
+    config = read_json(file) if file.is_file() else {}
+    if {"model", "forget", "retain"} <= config.keys():
+        return config
+    if (folder / "run" / "config.json").is_file():
+        raise UserError(f"expected a run's or a sweep's folder; found a trial's at {folder}: give {folder / 'run'}")
+    raise UserError(
+        f"expected a folder that train.py wrote, with config.json and metrics.jsonl, or a sweep's, with sweep.json; "
+        f"found neither at {folder}: give a run's or a sweep's folder"
+    )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; `UserError` if there is none."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -147,7 +161,11 @@ def _read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _read_lines(file: Path) -> list[dict[str, Any]]:
+def _read_if_there(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
     """The lines of a JSONL file; a last one that a killed run left unfinished is passed over."""
     if not file.is_file():
         return []
@@ -174,7 +192,7 @@ def _first(pair: tuple[int, Measurement]) -> int:
 
 def _read_summary(file: Path, config: dict[str, Any]) -> Measurement:
     """An evaluation that train.py made: the numbers of each task, with or without a verdict beside them."""
-    value = _read_json(file)
+    value = read_json(file)
     tasks = value.get("summary", value)
     return Measurement(file, _checked(tasks, file), value.get("verdict"), members=_not_asked(tasks, config))
 
@@ -202,7 +220,7 @@ def _results(place: Path) -> list[Path]:
 
 def _read_result(file: Path, folder: Path, config: dict[str, Any]) -> tuple[bool, Measurement]:
     """(whether it is of the original model, the evaluation); `UserError` if it is of neither model."""
-    value = _read_json(file)
+    value = read_json(file)
     own, name = value.get("unlearn"), str(value.get("model_name"))
     if not isinstance(own, dict) or not isinstance(own.get("summary"), dict):
         raise UserError(f"expected results of evals/run.py in {file}; found those of another program: evaluate again")
@@ -217,7 +235,8 @@ def _read_result(file: Path, folder: Path, config: dict[str, Any]) -> tuple[bool
     verdict = own.get("verdict", value.get("verdict"))
     groups = value.get("group_subtasks", {})
     members = frozenset(name for children in groups.values() for name in children if name not in groups)
-    return original, Measurement(file, _checked(own["summary"], file), verdict, details, members)
+    command = str(own.get("command", ""))
+    return original, Measurement(file, _checked(own["summary"], file), verdict, details, members, command)
 
 
 def _same(name: str, other: str) -> bool:
@@ -257,9 +276,10 @@ def _read_attacks(folder: Path, given: Iterable[str]) -> Iterable[Attack]:
 
 
 def _read_attack(file: Path) -> Attack:
-    value = _read_json(file)
+    value = read_json(file)
     points = [(point["step"], _checked(point["tasks"], file)) for point in value.get("points", ())]
     if not points:
         raise UserError(f"expected the points of an attack in {file}; found none: attack again")
     config, warnings = value.get("config", {}), list(map(str, value.get("warnings", ())))
-    return Attack(file.parent, config, points, warnings, _not_asked(points[0][1], config))
+    recorded = _read_if_there(file.parent / "run.json")
+    return Attack(file.parent, config, points, warnings, _not_asked(points[0][1], config), recorded)
