@@ -43,17 +43,18 @@ def main() -> None:
 
 def unlearn(run: "Unlearning", this: "Attempt", evaluation: "Evaluation | None") -> None:
     """Train from where an earlier attempt came to, export, evaluate what was exported."""
-    from unlearn.distributed import is_main
     from unlearn.metrics import MetricsLog
     from unlearn.optim.build import linear_schedule
     from unlearn.trainer import train
-    from unlearn.unlearning import describe, finish
+    from unlearn.unlearning import announce, finish, read_lens
 
     config, folder = run.config, this.folder
-    if is_main():
-        print(describe(run), flush=True)
+    announce(run)
     with MetricsLog(folder / "metrics.jsonl", run.steps, "unlearning") as log:
         checkpoints = this.checkpoints(run.model, run.optimizers, log, run.steps)
+        first = checkpoints.resume().step
+        if first == 0:
+            read_lens(run, folder, "before")
         train(
             run.model,
             run.objective,
@@ -65,7 +66,7 @@ def unlearn(run: "Unlearning", this: "Attempt", evaluation: "Evaluation | None")
             log_every=config.log_every,
             evaluate=lambda step: _evaluate(run, evaluation, folder, step, log),
             eval_every=config.eval_every,
-            first=checkpoints.resume().step,
+            first=first,
             checkpoints=checkpoints,
             timeout=timedelta(seconds=config.step_timeout),
         )
@@ -91,8 +92,7 @@ def _evaluate(run: "Unlearning", evaluation: "Evaluation | None", folder: Path, 
 
     with run.autocast():
         result = evaluation.run(run.model, name=f"{run.config.model} after {step} steps")
-    accuracies = write_summary(result, folder / "evals" / f"step-{step:06d}.json")
-    log.write({"step": step, **accuracies})
+    log.write({"step": step, **write_summary(result, folder / "evals" / f"step-{step:06d}.json")})
 
 
 if __name__ == "__main__":

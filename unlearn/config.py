@@ -28,7 +28,7 @@ _LORA_FLAGS = ("lora_alpha", "lora_dropout", "lora_targets")
 _MUON_FLAGS = ("muon_lr", "momentum", "muon_method", "muon_qkv")
 _EVAL_FLAGS = ("eval_every", "data_dir", "include_path", "limit", "eval_subsample")
 _RETAIN_FLAGS = ("retain", "retain_column", "retain_template", "retain_loss", "retain_start")
-_FORGET_FLAGS = ("forget", "forget_column", "forget_template", "lens", "forget_loss")
+_FORGET_FLAGS = ("forget", "forget_column", "forget_template", "lens", "forget_loss", "prompts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +195,9 @@ class TrainConfig(CorpusFlags, ResumeFlags):
     """Evaluate only the first N questions of each task."""
     eval_subsample: int | None = None
     """Evaluate only N questions of each of --eval-tasks, shared out among its subjects, the same ones every time."""
+    prompts: tuple[str, ...] = ()
+    """Texts to read with the lens at every layer, before the first step and after the last, for the report; written to
+    lens.json."""
     log_every: int = 1
     """Optimizer steps between lines of metrics.jsonl."""
 
@@ -306,6 +309,7 @@ def _check_numbers(config: TrainConfig) -> None:
         "warmup_ratio": (0.0 <= config.warmup_ratio < 1.0, "a number in [0, 1)"),
         "seq_len": (config.seq_len >= 3, "3 or more"),
         "seed": (config.seed >= 0, "0 or more"),
+        "prompts": (all(prompt.strip() for prompt in config.prompts), "texts, none of them empty"),
     }
     counts = ("examples", "epochs", "batch", "micro_batch", "micro_tokens", "eval_every", "limit", "eval_subsample")
     for name in (*counts, "log_every"):

@@ -1,9 +1,11 @@
 """What a lens reads off every layer for a few texts, token by token, in a run's original model and in its result."""
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,9 +21,12 @@ from unlearn.precision import DTYPES
 LONGEST = 32  # tokens of a text that are read: as many columns as a page can show
 FILE = "lens.json"
 
+Stage = Literal["before", "after"]
+Autocast = Callable[[], AbstractContextManager[object]]
+
 
 def write_readings(folder: Path, config: dict[str, Any], prompts: Sequence[str]) -> None:
-    """Read `prompts` in the run's original and exported model and write `folder/lens.json`, as `read_models` returns.
+    """Read `prompts` in a run's original and exported model, both loaded for it, and write `folder/lens.json`.
 
     Args:
         config: the run's flags: model, revision, lens, dtype.
@@ -35,35 +40,56 @@ def write_readings(folder: Path, config: dict[str, Any], prompts: Sequence[str])
         raise UserError(f"--prompts has no effect on {folder}, a run without a lens: leave it out")
     dtype, device = DTYPES[config["dtype"]], local_device()
     tokenizer = load_tokenizer(config["model"], revision=config.get("revision"))
-    texts = [tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts]
     original = load_model(config["model"], revision=config.get("revision"), dtype=dtype, device=device)
     lens = TunedLens.load(config["lens"], original).to(dtype)
-    before = [read_layers(original, lens, tokenizer, text[:LONGEST]) for text in texts]
+    before = read_prompts(original, lens, tokenizer, prompts, "before")
     del original  # one model at a time
     unlearned = load_model(str(folder / "model"), dtype=dtype, device=device)
-    after = [read_layers(unlearned, lens, tokenizer, text[:LONGEST]) for text in texts]
-    write_json(
-        folder / FILE,
-        {
-            "model": config["model"],
-            "lens": config["lens"],
-            "uniform_entropy": math.log(lens.unembedding.shape[0]),
-            "prompts": [
-                {
-                    "tokens": [tokenizer.decode([token]) for token in text[:LONGEST]],
-                    "total_tokens": len(text),
-                    "before": before[index],
-                    "after": after[index],
-                }
-                for index, text in enumerate(texts)
-            ],
-        },
-    )
+    write_stage(folder, lens, config["lens"], before, "before")
+    write_stage(folder, lens, config["lens"], read_prompts(unlearned, lens, tokenizer, prompts, "after"), "after")
+
+
+def read_prompts(
+    model: PreTrainedModel,
+    lens: TunedLens,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    stage: Stage,
+    autocast: Autocast = nullcontext,
+) -> list[dict[str, Any]]:
+    """Read the first tokens of every prompt. Every rank that has a share of the model must call it.
+
+    Args:
+        autocast: the precision of the model's forward pass.
+
+    Returns:
+        for each prompt {"tokens": the read ones as text, "total_tokens", `stage`: what `read_layers` returns}.
+    """
+    texts = [tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts]
+    return [
+        {"tokens": [tokenizer.decode([token]) for token in text[:LONGEST]], "total_tokens": len(text)}
+        | {stage: read_layers(model, lens, tokenizer, text[:LONGEST], autocast)}
+        for text in texts
+    ]
+
+
+def write_stage(folder: Path, lens: TunedLens, name: str, prompts: list[dict[str, Any]], stage: Stage) -> None:
+    """Write what `read_prompts` returns to `folder/lens.json`: "after" beside what was read of them "before"."""
+    file = folder / FILE
+    if stage == "after" and file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))["prompts"]
+        prompts = [old | new for old, new in zip(before, prompts, strict=True)]
+    entropy = math.log(lens.unembedding.shape[0])
+    write_json(file, {"model": lens.base_name, "lens": name, "uniform_entropy": entropy, "prompts": prompts})
 
 
 @torch.no_grad()
 def read_layers(
-    model: PreTrainedModel, lens: TunedLens, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]
+    model: PreTrainedModel,
+    lens: TunedLens,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Sequence[int],
+    autocast: Autocast = nullcontext,
 ) -> list[dict[str, Any]]:
     """What the lens predicts as the next token at every position, layer by layer.
 
@@ -76,7 +102,8 @@ def read_layers(
         token after each position, "probability": its probability, "entropy": of the whole prediction, in nats}.
     """
     device = lens.unembedding.device
-    streams = residual_streams(model, torch.tensor([tokens], device=device), range(lens.depth + 1))
+    with autocast():
+        streams = residual_streams(model, torch.tensor([tokens], device=device), range(lens.depth + 1))
     return [_read(lens.logits(streams[layer][0], layer), layer, tokenizer) for layer in range(lens.depth + 1)]
 
 

@@ -1,7 +1,7 @@
 """Assemble an unlearning run from its flags, say what it will do, and export what it made."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unlearn.building import lens_objective, master_dtype, original_model, trained_model
 from unlearn.config import TrainConfig
 from unlearn.data import Batches, Corpus, check_examples, read_corpus
-from unlearn.distributed import fail_together, world_size
+from unlearn.distributed import fail_together, is_main, local_device, world_size
 from unlearn.lens import TunedLens
+from unlearn.lens_readings import Stage, read_prompts, write_stage
 from unlearn.lora import adapters, initial_adapters, merge_lora, save_adapter
 from unlearn.memory import Layout, Shape, available_gib, check_fits
 from unlearn.model import (
@@ -62,7 +63,7 @@ def build(config: TrainConfig, device: torch.device) -> Unlearning:
     mesh = shard_mesh(config.shard_kind(world_size()), config.shard_size, device)
     tokenizer = load_tokenizer(config.model, revision=config.revision)
     batches = _batches(config, tokenizer)
-    lens = _lens(config, device, needed="forget" in batches)
+    lens = _lens(config, device, config.layers if "forget" in batches else ())
     model, original = trained_model(config, mesh), original_model(config, mesh)
     with fail_together():
         checkpoint = Checkpoint.open(config.model, revision=config.revision)
@@ -119,8 +120,8 @@ def _read(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, which: str) -
     )
 
 
-def _lens(config: TrainConfig, device: torch.device, *, needed: bool) -> TunedLens:
-    """The lens on every rank, with its own copies of the original's final norm and unembedding.
+def _lens(config: TrainConfig, device: torch.device, layers: Iterable[int] | None) -> TunedLens:
+    """The lens at `layers` (None: all) on every rank, with copies of the original's final norm and unembedding.
 
     Only these two parts of the model are read, in the dtype in which the lens is checked against them.
     """
@@ -129,11 +130,17 @@ def _lens(config: TrainConfig, device: torch.device, *, needed: bool) -> TunedLe
         checkpoint = Checkpoint.open(config.model, revision=config.revision)
         for part in (final_norm(readout), readout.get_output_embeddings()):
             fill(readout, checkpoint, device, part=part)
-    return TunedLens.load(config.lens or "", readout, config.layers if needed else ()).to(DTYPES[config.dtype])
+    return TunedLens.load(config.lens or "", readout, layers).to(DTYPES[config.dtype])
+
+
+def announce(run: Unlearning) -> None:
+    """Print what the run will do, once for all ranks, before its first step."""
+    if is_main():
+        print(describe(run), flush=True)
 
 
 def describe(run: Unlearning) -> str:
-    """What the run will do, in a few lines, before its first step."""
+    """What the run will do, in a few lines."""
     trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in run.model.parameters())
     lines = [f"trainable parameters {trainable:,} of {total:,}" + _lora_line(run)]
@@ -168,9 +175,27 @@ def export_bytes(run: Unlearning) -> int:
     return sum(parameter.numel() for parameter in run.model.parameters()) * DTYPES[run.config.dtype].itemsize
 
 
+def read_lens(run: Unlearning, folder: Path, stage: Stage) -> None:
+    """Read --prompts at every layer of the live model, for `folder`/lens.json. Every rank must call it.
+
+    The lens is in memory at all layers for no longer than this takes, and nothing random is drawn.
+    """
+    config, training = run.config, run.model.training
+    if not config.prompts:
+        return
+    lens = _lens(config, local_device(), None)
+    run.model.eval()
+    prompts = read_prompts(run.model, lens, run.tokenizer, config.prompts, stage, run.autocast)
+    run.model.train(training)
+    with fail_together():
+        if is_main():
+            write_stage(folder, lens, str(config.lens), prompts, stage)
+
+
 def finish(run: Unlearning, folder: Path) -> None:
     """Write `adapter/`, then turn the live model into what is exported (adapters merged, weights in --dtype) and write
-    `model/`, in place of what an earlier attempt left. After this, the live model and the exported one are the same."""
+    `model/`, in place of what an earlier attempt left. After this, the live model and the exported one are the same,
+    and --prompts are read in it."""
     if run.config.lora_rank > 0:
         with shared_folder(folder / "adapter", replace=True) as temporary:
             save_adapter(run.model, temporary, run.config.model)
@@ -180,3 +205,4 @@ def finish(run: Unlearning, folder: Path) -> None:
         cast_parameters(run.model, dtype)
     with shared_folder(folder / "model", replace=True) as temporary:
         save_model(run.model, run.tokenizer, temporary, dtype)
+    read_lens(run, folder, "after")
