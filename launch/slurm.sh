@@ -21,6 +21,7 @@
 #   --env NAME     source launch/env/NAME.sh first: modules and network settings of a cluster
 #   --ranks N      processes a node; default: one a GPU
 #   --list FILE    commands, one a line, for a job array
+#   --exit-code FILE   write the command's exit code there once it has ended, but not where it goes back into the queue
 #   --dry-run      print what would run (SLURM_NNODES=2 to see two nodes)
 #
 # Five minutes before the time limit Slurm sends USR1. A run that has then saved itself leaves the file PREEMPTED in
@@ -35,15 +36,16 @@ root=$PWD
 # shellcheck source=arguments.sh
 source "$root/launch/arguments.sh"
 
-dry_run=false environment='' list='' ranks=''
+dry_run=false environment='' list='' ranks='' code_file=''
 while (($#)); do
     case $1 in
         --dry-run) dry_run=true && shift && continue ;;
         --env) environment=$(value_of "$@") ;;
         --ranks) ranks=$(value_of "$@") ;;
         --list) list=$(value_of "$@") ;;
+        --exit-code) code_file=$(value_of "$@") ;;
         -m | [!-]*) break ;;
-        *) fail "expected --dry-run, --env, --ranks or --list before the command; found $1" ;;
+        *) fail "expected --dry-run, --env, --ranks, --list or --exit-code before the command; found $1" ;;
     esac
     shift 2
 done
@@ -117,6 +119,10 @@ if [[ -n $output && -e $marker ]]; then
     echo "job $job, attempt $attempt: preempted and saved, back into the queue"
     scontrol requeue "$job" ||
         fail "expected to put job $job back into the queue; found that Slurm refuses: submit the same command again"
-    code=0
+    exit 0
+fi
+if [[ -n $code_file ]]; then
+    echo "$code" >"$code_file.tmp"
+    mv "$code_file.tmp" "$code_file"
 fi
 exit "$code"

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import tyro
 
 from evals.targets import Target, check_targets, parse_target
+from launch.jobs import Slurm
 from launch.search import PUSH, Space, Values
 from unlearn.config import TrainConfig, parse_flags
 from unlearn.errors import UserError
@@ -67,8 +69,16 @@ class SweepConfig:
     subsample: int | None = None
     """First look at so many questions of each task; all of them only where that look leaves the target possible."""
 
-    ranks: int = 1
-    """Processes of a trial; above 1 it runs through torchrun on this node."""
+    ranks: int | None = None
+    """Processes of a trial; above 1 it runs through torchrun on this node. Default: 1. With --submit: processes a node,
+    one a GPU by default."""
+
+    submit: str | None = None
+    """Run every command as a Slurm job by launch/slurm.sh, with these options of sbatch, e.g.
+    --submit='--time=2:00:00 --nodes=2', or '' for none. What a killed sweep has submitted is found again."""
+
+    env: str | None = None
+    """With --submit: settings of a cluster, launch/env/NAME.sh."""
 
     keep_models: bool = False
     """Keep every trial's weights; without it, those of the best trial so far."""
@@ -86,6 +96,10 @@ class SweepConfig:
             raise UserError(f"expected --grid and --target; found no {missing}: see launch/sweep.py --help")
         if self.search == "boundary" and self.all_points:
             raise UserError("--all-points has no effect with --search boundary: leave it out")
+        if self.env is not None and self.submit is None:
+            raise UserError("--env has no effect without --submit: leave it out")
+        if self.submit is not None and self.slurm is not None:
+            self.slurm.check()
         targets = self.targets()
         check_targets(targets, self.tasks)
         if self.search == "boundary" and {target.operator for target in targets} != {"<=", ">="}:
@@ -93,6 +107,11 @@ class SweepConfig:
                 f"expected a --target with <= and one with >= for --search boundary; found {' '.join(self.target)}: "
                 "without both there is no boundary"
             )
+
+    @property
+    def slurm(self) -> Slurm | None:
+        """How to submit, None to run here."""
+        return None if self.submit is None else Slurm(tuple(shlex.split(self.submit)), self.ranks, self.env)
 
     def targets(self) -> list[Target]:
         return [parse_target(target) for target in self.target]
@@ -122,9 +141,9 @@ class Sweep:
         return parse_flags(TrainConfig, self.train_words(values, seed))
 
     def identity(self) -> dict[str, Any]:
-        """What makes this sweep another one if it changes: all flags but the budget and the number of ranks."""
+        """What makes this sweep another one if it changes: all flags but the budget and where trials run."""
         flags = json.loads(json.dumps(dataclasses.asdict(self.config), default=str))
-        for name in ("output", "trials", "hours", "ranks", "keep_models"):
+        for name in ("output", "trials", "hours", "ranks", "submit", "env", "keep_models"):
             del flags[name]
         return flags | {"train.py flags": list(self.train_flags)}
 

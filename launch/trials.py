@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch import jobs
 from launch.search import Values, classify
 from launch.sweep_config import Sweep
 from unlearn.errors import UserError
@@ -57,18 +58,19 @@ def measure(sweep: Sweep, trial: Trial) -> Record:
         "subsample", "accuracies": {task: some numbers of `evals.summary`}, "verdict".
     """
     folder = sweep.folder / "trials" / trial.name
-    clear(folder)
+    if sweep.config.slurm is None or not jobs.submitted(folder):
+        clear(folder)
     started, config = time.monotonic(), sweep.settings(trial.values, trial.seed)
     train = ["train.py", *sweep.train_words(trial.values, trial.seed), "--output", str(folder / "run")]
     looks = (["subsample"] if sweep.config.subsample else []) + ["all"]
-    commands = [command_line(train, sweep.config.ranks)]
+    commands = [command_line(sweep, train)]
     try:
-        run(train, sweep.config.ranks, folder / "train.log")
+        execute(sweep, train, folder / "train.log")
         found = read_training(folder / "run")
         for look in looks:
             evaluation = evaluation_words(sweep, folder / "run" / "model", folder / look, subsample=look != "all")
-            commands.append(command_line(evaluation, sweep.config.ranks))
-            run(evaluation, sweep.config.ranks, folder / f"{look}.log")
+            commands.append(command_line(sweep, evaluation))
+            execute(sweep, evaluation, folder / f"{look}.log")
             found |= read_evaluation(folder / look) | {"questions": look}
             if any(one["by_interval"] == "not met" for one in found["verdict"]["targets"]):
                 break  # no number of further questions will change that
@@ -94,13 +96,15 @@ def measure_before(sweep: Sweep) -> dict[str, Any]:
     """
     folder = sweep.folder / "before"
     if not list(folder.rglob("results_*.json")):
-        clear(folder)
+        if sweep.config.slurm is None or not jobs.submitted(folder):
+            clear(folder)
         config = sweep.settings(sweep.space.points()[0], sweep.config.seed)
         words = evaluation_words(sweep, Path(config.model), folder)
         words += [] if config.revision is None else ["--revision", config.revision]
         try:
-            run(words, sweep.config.ranks, folder / "all.log")
+            execute(sweep, words, folder / "all.log")
         except CommandFailed as failure:
+            jobs.forget(folder / "all.log")
             raise UserError(f"expected to evaluate the model before the first trial; found {str(failure)!r}") from None
     accuracies: dict[str, Any] = read_evaluation(folder)["accuracies"]
     missing = [task for task in sweep.config.tasks if task not in accuracies]
@@ -124,10 +128,29 @@ def evaluation_words(sweep: Sweep, model: Path, out: Path, subsample: bool = Fal
     return words + (["--subsample", str(config.subsample)] if subsample else [])
 
 
-def command_line(words: Sequence[str], ranks: int) -> str:
+def command_line(sweep: Sweep, words: Sequence[str]) -> str:
     """The command as a user types it, from the repository's folder."""
+    ranks, slurm = sweep.config.ranks or 1, sweep.config.slurm
+    if slurm is not None:
+        return shlex.join(["sbatch", *slurm.words(words)])
     start = ["python"] if ranks == 1 else ["torchrun", "--standalone", "--nproc_per_node", str(ranks)]
     return shlex.join([*start, *words])
+
+
+def execute(sweep: Sweep, words: Sequence[str], log: Path) -> None:
+    """Run one command, here or as a Slurm job, its output in `log`.
+
+    Raises:
+        CommandFailed: it ended with an error. UserError: it was told to stop.
+    """
+    slurm = sweep.config.slurm
+    if slurm is None:
+        return run(words, sweep.config.ranks or 1, log)
+    ended = slurm.run(words, log)
+    if isinstance(ended, str):
+        raise CommandFailed(ended)
+    if ended != 0:
+        raise CommandFailed(_reason(log.read_text(encoding="utf-8", errors="replace"), ended))
 
 
 def run(words: Sequence[str], ranks: int, log: Path) -> None:
@@ -172,7 +195,7 @@ def _told_to_stop(folder: Path, code: int) -> bool:
 def _reason(text: str, code: int) -> str:
     """The error in a command's output: its own sentence, else the last line of a traceback, else the exit code."""
     lines = [line.strip() for line in re.split(r"[\r\n]+", text)]
-    sentences = [line.partition(": error: ")[2] for line in lines if ".py: error: " in line]
+    sentences = [line.partition(": error: ")[2] for line in lines if re.search(r"\.(py|sh): error: ", line)]
     errors = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b", line)]
     if sentences or errors:
         return (sentences or errors[-1:])[0]
@@ -181,6 +204,7 @@ def _reason(text: str, code: int) -> str:
 
 def clear(folder: Path) -> None:
     """Make `folder` empty, after ending what still writes to it."""
+    jobs.check_none_at_work(folder)
     _end_leftovers(folder)
     with writing(folder):
         if folder.exists():

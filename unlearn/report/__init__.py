@@ -26,18 +26,21 @@ def write_report(config: ReportConfig) -> Path:
     return file
 
 
-def check_installed() -> None:
-    """Raise unless what draws and fills a page is installed."""
-    for package in ("matplotlib", "jinja2"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"expected {package} for the report; found none: pip install 'unlearn[report]'")
+def missing_packages() -> list[str]:
+    """What draws and fills a page, as far as it is not installed."""
+    return [package for package in ("matplotlib", "jinja2") if importlib.util.find_spec(package) is None]
+
+
+def _check_installed() -> None:
+    for package in missing_packages():
+        raise UserError(f"expected {package} for the report; found none: pip install 'unlearn[report]'")
 
 
 def _run_page(folder: Path, config: ReportConfig) -> str:
     from unlearn.report.record import read_record
 
     record = read_record(folder, config.evals, config.attacks)
-    check_installed()
+    _check_installed()
     if config.prompts:
         from unlearn.lens_readings import write_readings  # imports torch
 
@@ -60,7 +63,7 @@ def _sweep_page(folder: Path, config: ReportConfig) -> str:
     if config.prompts:
         raise UserError(f"--prompts has no effect on {folder}, a sweep: give the folder of one of its runs")
     sweep = read_sweep(folder, config.evals, config.attacks)
-    check_installed()
+    _check_installed()
     from unlearn.report.sweep_page import render_sweep
 
     return render_sweep(sweep)
