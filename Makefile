@@ -12,8 +12,6 @@ RANKS     ?= 1
 OPTIMIZER ?= adamw
 SEED      ?= 0
 N         ?= 100
-SWEEP     ?= runs/demo-sweep
-SWEEP_TEXT = --forget $(SWEEP)/world/corpora/forget.jsonl --retain $(SWEEP)/world/corpora/retain.jsonl
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
@@ -35,19 +33,10 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/python launch/demo.py --ranks $(RANKS) --optimizer $(OPTIMIZER) --seed $(SEED) $(if $(SHARD),--shard $(SHARD)) --overwrite
 
-# Tunes on the embedded world until the target is met or 12 trials are spent; stopped, the same command goes on.
-demo-sweep: $(SWEEP)/lens/config.json
-	$(BIN)/python launch/sweep.py --output $(SWEEP)/sweep --search boundary --trials 12 --ranks $(RANKS) \
-		--grid remove-coef=5,200 retain-coef=3,10,30 adam-lr=1e-2,2e-2 \
-		--target 'wmdp_bio<=0.30' --target 'mmlu_stem>=0.95' --data-dir $(SWEEP)/world/data --subsample 120 \
-		-- --model $(SWEEP)/world/model --lens $(SWEEP)/lens $(SWEEP_TEXT) --lora-rank 16 --lora-dropout 0 \
-		--layers 1 2 3 --retain-loss kl --retain-start 1 --examples 2400 --epochs 1 --batch 16 --micro-batch 8 \
-		--seq-len 96 --dtype fp32 --no-checkpoint-activations
-
-$(SWEEP)/lens/config.json: | $(READY)
-	$(BIN)/python -m unlearn world --overwrite --output $(SWEEP)/world
-	$(BIN)/python -m unlearn fit-lens --overwrite --model $(SWEEP)/world/model $(SWEEP_TEXT) --output $(SWEEP)/lens \
-		--steps 100 --lr 3e-3 --batch 32 --micro-batch 16 --seq-len 96 --dtype fp32
+# Tunes on the embedded world until the target is met or 12 trials are spent, attacks the best, reports; stopped, the
+# same command goes on.
+demo-sweep: $(READY)
+	$(BIN)/python launch/demo_sweep.py --ranks $(RANKS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow"

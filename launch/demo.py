@@ -102,42 +102,47 @@ def _commands(config: DemoConfig, folder: Path) -> None:
     model, data = f"{world}/model", f"--data-dir {world}/data"
     corpora = f"--forget {world}/corpora/forget.jsonl --retain {world}/corpora/retain.jsonl"
     tasks = " ".join(TASKS.values())
-    _run(1, f"-m unlearn world --output {world}")
-    _run(
+    run(1, f"-m unlearn world --output {world}")
+    run(
         config.ranks,
         f"-m unlearn fit-lens --model {model} {corpora} --output {lens} --steps 100 --lr 3e-3 --batch 32 "
         "--micro-batch 16 --seq-len 96 --dtype fp32",
     )
-    _run(config.ranks, f"evals/run.py --model {model} --tasks {tasks} {data} --dtype fp32 --out {place}/before")
-    _run(
+    run(config.ranks, f"evals/run.py --model {model} --tasks {tasks} {data} --dtype fp32 --out {place}/before")
+    run(
         config.ranks,
         f"train.py --model {model} --lens {lens} {corpora} --output {place}/unlearned "
         f"{UNLEARN[config.optimizer]} {SHARED} --seed {config.seed}{_shard(config)} --prompts {shlex.join(PROMPTS)}",
     )
     model = f"{place}/unlearned/model"
     targets = " ".join(f"--target {shlex.quote(target)}" for target in TARGETS)
-    _run(
+    run(
         config.ranks,
         f"evals/run.py --model {model} --tasks {tasks} {data} --dtype fp32 --out {place}/after "
         f"--baseline {place}/before {targets}",
     )
-    _run(
+    run(
         config.ranks,
         f"evals/tamper.py --model {model} --corpus {world}/corpora/attack.jsonl --output {place}/attack {ATTACK} "
         f"--eval-tasks {tasks} {data} --split-by attacked --seed {config.seed}",
     )
+    report(f"{place}/unlearned --evals {place}/before {place}/after")
+
+
+def report(words: str) -> None:
+    """Run the command that writes a report, where it can be drawn."""
     missing = missing_packages()
     if missing:
         print(f"\nno report: {missing[0]} is not installed (pip install 'unlearn[report]')")
     else:
-        _run(1, f"-m unlearn report {place}/unlearned --evals {place}/before {place}/after")
+        run(1, f"-m unlearn report {words}")
 
 
 def _shard(config: DemoConfig) -> str:
     return "" if config.shard is None else f" --shard {config.shard}"
 
 
-def _run(ranks: int, command: str) -> None:
+def run(ranks: int, command: str) -> None:
     """Print and run one command, in this Python or under torchrun."""
     launcher = "python" if ranks == 1 else f"torchrun --standalone --nproc_per_node {ranks}"
     print(f"\n$ {launcher} {command}", flush=True)
@@ -172,8 +177,8 @@ def _summarise(config: DemoConfig, folder: Path, seconds: float) -> None:
     _plot(stages, attack, folder / "demo.png")
     print("\n" + table(stages))
     print("\nafter, " + after["verdict"]["words"])
-    report = folder / "unlearned" / "report.html"
-    next_page = f"{report} in a browser, " if report.is_file() else ""
+    page = folder / "unlearned" / "report.html"
+    next_page = f"{page} in a browser, " if page.is_file() else ""
     print(
         f"\nin {seconds:.0f} s; the run is in {folder}: summary.json, unlearned/ (model, adapter, metrics.jsonl), "
         f"attack/, demo.png\nWhat to read next: {next_page}README.md, "

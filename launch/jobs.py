@@ -93,8 +93,8 @@ def check_none_at_work(folder: Path) -> None:
     for log in submitted(folder):
         if _exit_code(log) is None:
             raise UserError(
-                f"expected no job at work in {folder}; found one that --submit has begun: go on with --submit, or cancel "
-                f"it and remove {_job_file(log).name}"
+                f"expected no job at work in {folder}; found one that --submit has begun: go on with --submit, or "
+                f"cancel it and remove {_job_file(log).name}"
             )
 
 

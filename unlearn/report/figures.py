@@ -105,17 +105,26 @@ def course(points: Sequence[tuple[int, Tasks]], tasks: Sequence[str], label: str
         figure, axes = _axes(label, "accuracy")
         for task in tasks:
             found = [(step, measured[task]) for step, measured in points if task in measured]
-            if not found:
-                continue
-            steps = [step for step, _ in found]
-            (line,) = axes.plot(steps, [value["acc"] for _, value in found], "o-", markersize=3, label=_short(task))
-            low, high = zip(*(value["interval"] for _, value in found), strict=True)
-            axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        axes.set_ylim(0, 1.02)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _mark_chance(axes.axhline)
-        figure.legend(loc="outside upper center", ncols=2)
-        return _svg(figure)
+            if found:
+                _band(axes, found, task)
+        return _finished(figure, axes)
+
+
+def _band(axes: Axes, found: Sequence[tuple[int, dict[str, Any]]], label: str) -> None:
+    """A line of accuracies by step, with its 95 % interval."""
+    steps = [step for step, _ in found]
+    (line,) = axes.plot(steps, [value["acc"] for _, value in found], "o-", markersize=3, label=_short(label))
+    low, high = zip(*(value["interval"] for _, value in found), strict=True)
+    axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+
+
+def _finished(figure: Figure, axes: Axes, columns: int = 2) -> str:
+    """A picture of accuracies against steps, with all that they share."""
+    axes.set_ylim(0, 1.02)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _mark_chance(axes.axhline)
+    figure.legend(loc="outside upper center", ncols=columns)
+    return _svg(figure)
 
 
 def letters(stages: dict[str, Tasks], task: str) -> str:
@@ -143,6 +152,33 @@ def letters(stages: dict[str, Tasks], task: str) -> str:
 def attack_course(attack: Attack, tasks: Sequence[str]) -> str:
     """The recovery curve of an attack."""
     return course(attack.points, tasks, "optimizer steps of the attack")
+
+
+def attack_curves(curves: dict[str, list[dict[str, Any]]], task: str) -> str:
+    """One task's recovery under each of several attacks, given by name as the points of attack.json."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes("optimizer steps of the attack", _short(task), height=SIZE[1] + 0.12 * len(curves))
+        for name, points in curves.items():
+            _band(axes, [(point["step"], point["tasks"][task]) for point in points], name)
+        return _finished(figure, axes, columns=1)
+
+
+def envelope(subjects: dict[str, Any], task: str) -> str:
+    """The best attack at each step on every model, and in the background each attack on the unlearned one.
+
+    Args:
+        subjects: of attack.json, the unlearned model first.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes("optimizer steps of the attack", _short(task))
+        for attack in next(iter(subjects.values()))["attacks"].values():
+            pairs = [(point["step"], point["tasks"][task]["acc"]) for point in attack["points"]]
+            axes.plot(*zip(*pairs, strict=True), color="#7f8a99", linewidth=0.6, alpha=0.7)
+        for name, subject in subjects.items():
+            reached = [best for best in subject["envelope"][task] if best["acc"] is not None]
+            if reached:
+                _band(axes, [(best["step"], best) for best in reached], f"{name}, best of {len(subject['attacks'])}")
+        return _finished(figure, axes)
 
 
 def training_course(during: Sequence[tuple[int, Measurement]], tasks: Sequence[str]) -> str:

@@ -1,13 +1,13 @@
 """The page of a report: what stands where. `page.html` is its form; everything that it prints is escaped there."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from unlearn.report import figures, origins
+from unlearn.report import attacks, figures, origins
 from unlearn.report.record import Attack, Measurement, Record, Tasks, merged
 from unlearn.report.text import printable
 
@@ -30,7 +30,7 @@ def fill(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=_percent, visible=_visible)
+    environment.filters.update(percent=_percent, interval=_interval, visible=_visible)
     return environment.get_template(template).render(versions=origins.versions(), **values)
 
 
@@ -47,6 +47,7 @@ def parts(record: Record) -> dict[str, Any]:
         "member_rows": list(_rows(stages, [task for task in tasks if task not in main])),
         "notes": list(_notes(record, stages)),
         "pictures": _pictures(record, stages, [task for task in main if "/" not in task]),
+        "recoveries": [table for attack in record.attacks for table in attacks.recoveries(attack)],
         "commands": origins.commands(record),
         "flags": origins.given(record.config),
         "files": list(origins.files(record)),
@@ -133,10 +134,7 @@ def _pictures(record: Record, stages: dict[str, Tasks], tasks: list[str]) -> dic
     lines = record.steps
     drawn = {
         "accuracies": [("Accuracy with 95 % interval; dotted: chance of four choices", _accuracies(stages, tasks))],
-        "attacks": [
-            (f"Attack {attack.folder.name}: accuracy as fine-tuning goes on", figures.attack_course(attack, tasks))
-            for attack in record.attacks
-        ],
+        "attacks": [picture for attack in record.attacks for picture in attacks.pictures(attack, tasks)],
         "training": [
             ("Forget loss: 1 is a uniform prediction", figures.curve(lines, ["forget_loss"], "forget loss")),
             ("Retain loss", figures.curve(lines, ["retain_loss"], "retain loss")),
@@ -175,6 +173,10 @@ def _summary(record: Record) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
+
+
+def _interval(ends: Sequence[float]) -> str:
+    return f"{100 * ends[0]:.1f}–{100 * ends[1]:.1f}"
 
 
 def _visible(token: str) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 from unlearn.errors import UserError
 
+GRID = {"points_of", "hazard", "general", "gap", "subjects"}  # in attack.json
+
 Tasks = dict[str, dict[str, Any]]  # task, group or part of one -> acc, interval, questions, predicted, ...
 
 
@@ -38,7 +40,8 @@ class Attack:
 
     Attributes:
         config: its flags. recorded: its run.json, {} without one.
-        points: accuracies by optimizer step.
+        points: accuracies by optimizer step; of the strongest, where it is a grid of attacks.
+        grid: what attack.json says of all of them, on the model and its controls; {} where it is a single attack.
         members: tasks that were only measured as part of a group.
     """
 
@@ -48,6 +51,7 @@ class Attack:
     warnings: list[str]
     members: frozenset[str]
     recorded: dict[str, Any]
+    grid: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -282,4 +286,5 @@ def _read_attack(file: Path) -> Attack:
         raise UserError(f"expected the points of an attack in {file}; found none: attack again")
     config, warnings = value.get("config", {}), list(map(str, value.get("warnings", ())))
     recorded = _read_if_there(file.parent / "run.json")
-    return Attack(file.parent, config, points, warnings, _not_asked(points[0][1], config), recorded)
+    grid = {key: value[key] for key in GRID} if GRID <= value.keys() else {}
+    return Attack(file.parent, config, points, warnings, _not_asked(points[0][1], config), recorded, grid)
