@@ -1,5 +1,5 @@
-"""The loop of tuning on the embedded world, by the commands that a user types: sweep until the target is met, attack the
-best trial's model, report.
+"""The loop of tuning on the embedded world, by the commands that a user types: sweep until the target is met, attack
+the best trial's model, report.
 
     python launch/demo_sweep.py
     python launch/demo_sweep.py --ranks 2

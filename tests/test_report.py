@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -306,6 +307,32 @@ def test_a_real_run(trained: Path) -> None:
     assert {"before", "after"} <= set(page.words)
 
 
+def test_training_reads_the_prompts_without_changing_a_bit(
+    home: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """train.py --prompts against the report's own reading of the two models, and against a run without them."""
+    config = json.loads((trained / "config.json").read_text()) | {"output": str(tmp_path / "run"), "eval_every": None}
+    prompts = ["amber basalt cobalt", "flint " * 40]
+    words = [*shlex.split(command(config | {"prompts": prompts}))[1:]]
+    monkeypatch.setattr(sys, "argv", words)
+    train.main()
+    live = json.loads((tmp_path / "run/lens.json").read_text())
+    for name in ("adapter/adapter_model.safetensors", "model/model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (trained / name).read_bytes()
+    page, _ = report(tmp_path / "run")
+    assert f"(the first {LONGEST} of" in page.text and "amber basalt cobalt" in page.text
+    write_report(ReportConfig(str(tmp_path / "run"), prompts=tuple(prompts)))
+    loaded = json.loads((tmp_path / "run/lens.json").read_text())
+    assert [one["tokens"] for one in live["prompts"]] == [one["tokens"] for one in loaded["prompts"]]
+    for one, other in zip(live["prompts"], loaded["prompts"], strict=True):
+        assert one["before"] != one["after"]
+        for stage in ("before", "after"):
+            for row, again in zip(one[stage], other[stage], strict=True):
+                assert (row["layer"], row["tokens"]) == (again["layer"], again["tokens"])
+                assert row["entropy"] == pytest.approx(again["entropy"], rel=1e-5)
+                assert row["probability"] == pytest.approx(again["probability"], rel=1e-4)
+
+
 def test_lens_readings_are_the_models_own(home: Path, trained: Path) -> None:
     """Against plain transformers: hidden states, the lens's formula, and the model's own logits at the end."""
     prompt = "amber basalt cobalt dolomite"
@@ -330,3 +357,222 @@ def test_lens_readings_are_the_models_own(home: Path, trained: Path) -> None:
             torch.testing.assert_close(torch.tensor(row["probability"]).double(), probability, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(torch.tensor(row["entropy"]).double(), entropy, rtol=1e-4, atol=1e-4)
     assert found["before"] != found["after"]
+
+
+def trial(number: int, hazard: float, general: float, **more: Any) -> dict[str, Any]:
+    """A measured line of trials.jsonl."""
+    one = {"target": "wmdp_bio<=0.3", "collapse": None}
+    return {
+        "trial": f"{number:03d}-remove-coef{number}-seed0",
+        "number": number,
+        "values": {"remove-coef": str(number)},
+        "seed": 0,
+        "state": "push harder",
+        "commands": [f"python train.py --remove-coef {number} --seed 0"],
+        "steps": 3,
+        "losses": {"forget_loss": 1.5, "retain_loss": 0.25},
+        "questions": "all",
+        "accuracies": {"wmdp_bio": numbers(hazard), "mmlu_stem": numbers(general)},
+        "verdict": {"by_point": "not met", "by_interval": "not met", "words": "verdict: words", "targets": [one]},
+    } | more
+
+
+@pytest.fixture
+def sweep(run: Path, tmp_path: Path) -> Path:
+    """A sweep that met its target by its third trial, whose run is `run`, and which was attacked; one trial failed."""
+    folder = tmp_path / "sweep"
+    failed = {"state": "failed", "reason": "found NaN at step 3"}
+    met = {"by_point": "met", "by_interval": "met", "words": "verdict: met", "targets": [{"collapse": None}]}
+    trials = [trial(1, 0.5, 0.55), trial(2, 0.0, 0.0, **failed), trial(3, 0.25, 0.5, state="met", verdict=met)]
+    for key in ("accuracies", "verdict", "losses", "questions"):
+        del trials[1][key]
+    flags = {"search": "grid", "grid": ["remove-coef=1,2,3"], "target": ["wmdp_bio<=0.3", "mmlu_stem>=0.4"]}
+    write(folder / "sweep.json", flags | {"tasks": ["wmdp_bio", "mmlu_stem"]})
+    (folder / "trials.jsonl").write_text("".join(json.dumps(one) + "\n" for one in trials))
+    outcome = "The target is met, with 1 of 1 seeds, by --remove-coef 3 after 3 trials."
+    write(folder / "best.json", {"outcome": outcome, "trials": 3, "best": trials[2]})
+    tasks = {"wmdp_bio": numbers(0.9), "mmlu_stem": numbers(0.6)}
+    write(folder / "before/results_0.json", result("base/model", tasks))
+    place = folder / "trials" / trials[2]["trial"]
+    place.mkdir(parents=True)
+    run.rename(place / "run")
+    (place / "run/evals/own/results_2.json").unlink()
+    tasks = {"wmdp_bio": numbers(0.25), "mmlu_stem": numbers(0.5)}
+    write(place / "all/results_3.json", result(str(place / "run/model"), tasks, verdict=met))
+    points = [{"step": step, "tasks": {"wmdp_bio": numbers(0.3 + step / 100)}} for step in (0, 20)]
+    for name, attacked in (("attack", trials[2]["trial"]), ("another", trials[0]["trial"])):
+        config = {"model": str(folder / "trials" / attacked / "run/model")}
+        write(tmp_path / name / "attack.json", {"config": config, "points": points})
+    return folder
+
+
+def test_a_sweep_says_why_it_ended_before_any_number(sweep: Path) -> None:
+    page, _ = report(sweep)
+    assert page.text.index("The target is met, with 1 of 1 seeds") < page.text.index("python train.py")
+    assert "Best: trial 3, --remove-coef 3 --seed 0" in page.text
+    for row in (
+        "before – – – – 90.0 % 80.0–100.0 60.0 % 50.0–70.0",
+        "1 1 0 1.5 0.25 50.0 % 40.0–60.0 55.0 % 45.0–65.0 not met",
+        "2 2 0 – – – – failed: found NaN at step 3",
+        "3 3 0 1.5 0.25 25.0 % 15.0–35.0 50.0 % 40.0–60.0 met; met by interval",
+    ):
+        assert row in page.text
+    failed = page.text.index("Failed trials")
+    assert "found NaN at step 3 python train.py --remove-coef 2 --seed 0" in page.text[failed:]
+    assert "The best trial's commands python train.py --remove-coef 3 --seed 0" in page.text
+
+
+def test_a_sweep_shows_the_best_trials_run_and_the_attack_on_it(sweep: Path) -> None:
+    page, text = report(sweep)
+    assert "The best trial's run: 003-remove-coef3-seed0" in page.text
+    stages = page.text[page.text.index("The best trial's run") :]
+    assert "wmdp_bio 90.0 % 80.0–100.0 of 40 25.0 % 15.0–35.0 of 40 50.0 % 40.0–60.0 of 40" in stages
+    assert str(sweep.parent / "attack/attack.json") in text and "another" not in text
+    assert page.elements.count("svg") > 8 and "Each trial by its number" in page.text
+
+
+def test_a_trial_that_was_begun_is_said(sweep: Path) -> None:
+    (sweep / "trials/004-remove-coef9-seed0").mkdir()
+    page, _ = report(sweep)
+    assert "trials/004-remove-coef9-seed0 was begun and has not come to its end" in page.text
+
+
+def test_a_sweep_that_is_still_going_on(sweep: Path) -> None:
+    """Killed after a trial and before the results: what best.json says is then of fewer trials."""
+    with (sweep / "trials.jsonl").open("a") as stream:
+        stream.write(json.dumps(trial(4, 0.4, 0.5)) + "\n")
+        stream.write('{"trial": "00')
+    page, _ = report(sweep)
+    assert "The sweep is not at its end" in page.text and "The target is met" not in page.text
+    assert "4 4 0 1.5 0.25 40.0 %" in page.text
+
+
+def test_a_sweep_without_a_trial(sweep: Path) -> None:
+    (sweep / "trials.jsonl").unlink()
+    (sweep / "best.json").unlink()
+    page, _ = report(sweep)
+    assert "No trial has ended" in page.text and "The sweep is not at its end" in page.text
+
+
+def test_the_best_trials_run_may_be_gone(sweep: Path) -> None:
+    shutil.rmtree(sweep / "trials")
+    page, _ = report(sweep)
+    assert "the best trial's run, is not there" in page.text and "25.0 %" in page.text
+
+
+def test_a_sweeps_page_escapes_what_it_prints(sweep: Path) -> None:
+    evil = "<script>alert(1)</script>\"'><img src=http://x.example/y onerror=z>\x07$x_1$&amp;{{ 7*7 }}\u202e"
+    shutil.rmtree(sweep / "trials")
+    flags = json.loads((sweep / "sweep.json").read_text())
+    write(sweep / "sweep.json", flags | {"grid": [evil], "search": evil})
+    lines = [trial(1, 0.5, 0.5, trial=evil, values={evil: evil}, commands=[evil])]
+    lines.append(trial(2, 0.5, 0.5, state="failed", reason=evil, values={evil: evil}, commands=[evil]))
+    (sweep / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write(sweep / "best.json", {"outcome": evil, "trials": 2, "best": lines[0]})
+    page, text = report(sweep)
+    assert "img" not in page.elements and "<script" not in text and "\u202e" not in text and "\x07" not in text
+    assert page.text.count("<script>alert(1)</script>") > 8
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "found"),
+    [
+        ("sweep.json", "{", "expected JSON in"),
+        ("trials.jsonl", '{"trial": "a"}\n', "expected a trial on every line of"),
+        ("trials.jsonl", "x\n{}\n", "found none on line 1"),
+        ("best.json", "[]", "expected an object in"),
+    ],
+)
+def test_a_damaged_sweep_is_one_sentence(sweep: Path, file: str, content: str, found: str) -> None:
+    (sweep / file).write_text(content)
+    with pytest.raises(UserError, match=re.escape(found)) as error:
+        write_report(ReportConfig(str(sweep)))
+    assert "\n" not in str(error.value)
+
+
+def test_flags_that_a_sweep_cannot_use_are_refused(sweep: Path) -> None:
+    with pytest.raises(UserError, match="--prompts has no effect on"):
+        write_report(ReportConfig(str(sweep), prompts=("a",)))
+    shutil.rmtree(sweep / "trials")
+    with pytest.raises(UserError, match="--evals and --attacks have no effect"):
+        write_report(ReportConfig(str(sweep), attacks=(str(sweep.parent / "attack"),)))
+
+
+def test_a_trials_folder_is_neither_a_run_nor_a_sweep(sweep: Path) -> None:
+    place = sweep / "trials/003-remove-coef3-seed0"
+    with pytest.raises(UserError, match=re.escape(f"found a trial's at {place}: give {place / 'run'}")):
+        write_report(ReportConfig(str(place)))
+    shutil.rmtree(place / "run")
+    with pytest.raises(UserError, match="found neither at"):
+        write_report(ReportConfig(str(place)))
+
+
+def attacked_grid(model: str) -> dict[str, Any]:
+    """attack.json of a grid: two attacks on the model, one on the original, facts that were attacked and not."""
+
+    def points(first: float, *others: float) -> list[dict[str, Any]]:
+        values = enumerate((first, *others))
+        return [{"step": 10 * n, "tokens": 1000 * n, "tasks": {"wmdp_bio": numbers(acc)}} for n, acc in values]
+
+    def best(step: int, acc: float | None) -> dict[str, Any]:
+        interval = None if acc is None else [acc - 0.1, acc + 0.1]
+        return {"step": step, "attacker": "a", "acc": acc, "interval": interval, "measured": 2, "counted": 2}
+
+    recovered = {"steps": 10, "tokens": 1000, "steps_by": "a", "tokens_by": "a"}
+    censored = {"steps": None, "tokens": None, "censored": "not within 20 steps or 2,000 tokens by any of 2 attack(s)"}
+    subjects = {
+        "unlearned": {
+            "model": model,
+            "attacks": {"a": {"points": points(0.3, 0.55, 0.7)}, "b": {"points": points(0.3, 0.4, 0.45)}},
+            "envelope": {"wmdp_bio": [best(0, 0.3), best(10, 0.55), best(20, 0.7)]},
+            "recovery": {"wmdp_bio": {"0.5": recovered, "0.9": censored}},
+        },
+        "original": {
+            "model": "base/model",
+            "attacks": {"a": {"points": points(0.9, 0.9)}},
+            "envelope": {"wmdp_bio": [best(0, 0.9), best(10, None)]},
+            "recovery": {"wmdp_bio": {"0.5": recovered | {"steps": 0, "tokens": 0}}},
+        },
+        "random": {
+            "model": "base/model",
+            "attacks": {"a": {"points": points(0.25, 0.25)}},
+            "envelope": {"wmdp_bio": [best(0, None), best(10, None)]},
+            "recovery": {},
+        },
+    }
+    return {
+        "config": {"model": model},
+        "warnings": ["the attack text holds 3 of the questions"],
+        "points_of": "a",
+        "points": subjects["unlearned"]["attacks"]["a"]["points"],  # type: ignore[index]
+        "hazard": ["wmdp_bio"],
+        "general": [],
+        "gap": {"wmdp_bio": {"start": 0.3, "reference": 0.9, "bounds": {"0.5": 0.6, "0.9": 0.84}}},
+        "subjects": subjects,
+    }
+
+
+def test_a_grid_of_attacks_stands_beside_its_controls(run: Path) -> None:
+    write(run.parent / "some-attack/attack.json", attacked_grid(str(run / "model")))
+    page, _ = report(run)
+    assert page.text.index("the attack text holds 3 of the questions") < page.text.index("Accuracy")
+    assert "Unlearning took it from 90.0 % to 30.0 %" in page.text
+    for row in (
+        "unlearned 2 attack(s) 30.0 % 20.0–40.0 70.0 % 60.0–80.0 20 10 steps, 1,000 tokens not within 20 steps",
+        "original 1 attack(s) 90.0 % 80.0–100.0 90.0 % 80.0–100.0 0 0 steps, 0 tokens –",
+        "random 1 attack(s) 25.0 % 15.0–35.0 none keeps general accuracy – – –",
+    ):
+        assert row in page.text
+    assert {"unlearned, best of 2", "original, best of 1"} <= set(page.words) and "random, best of 1" not in page.words
+    assert "of its 2 the strongest, a" in page.text and page.elements.count("svg") == 10
+
+
+def test_commands_and_digests_come_from_the_run_itself(run: Path) -> None:
+    facts = {"command": "torchrun --nproc_per_node 2 train.py --x", "code": "c0de", "versions": {"torch": "9.9"}}
+    write(run / "run.json", {"identity": {"forget corpus": "beef" * 16}, "attempts": [facts | {"ranks": 2}]})
+    evaluated = result(str(run / "model"), {"wmdp_bio": numbers(0.375)}, command="python evals/run.py --y")
+    write(run / "evals/own/results_2.json", evaluated)
+    page, _ = report(run)
+    for words in ("torchrun --nproc_per_node 2 train.py --x", "python evals/run.py --y", "beef" * 16, "c0de", "9.9"):
+        assert words in page.text
+    assert "python evals/tamper.py --model" in page.text, "an attack without run.json is told by its flags"

@@ -1,11 +1,13 @@
 """The same update at any number of ranks and any accumulation, the last global batch short."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from harness import run_ranks
 from torch import Tensor, nn
 
@@ -15,7 +17,7 @@ from unlearn.errors import UserError
 from unlearn.metrics import MetricsLog
 from unlearn.optim.build import linear_schedule
 from unlearn.trainer import train
-from unlearn.unlearning import Unlearning, build
+from unlearn.unlearning import Unlearning, build, read_lens
 from unlearn.weights import full
 
 pytestmark = pytest.mark.usefixtures("token_cache")
@@ -198,3 +200,27 @@ def test_more_ranks_than_examples_or_rows(home: Path) -> None:
         assert "at least one example a rank (3 ranks); found 2" in message
     for message in run_ranks(3, read_with_too_few, home, 9, 2):
         assert "--batch of at least one row a rank (3 ranks); found 2" in message
+
+
+def readings(home: Path, mode: str, flags: dict[str, Any], folder: Path) -> dict[str, Any]:
+    run = prepare(home, mode, prompts=("amber basalt", "cobalt dolomite ember"), **flags)
+    run.model.train()
+    state = torch.get_rng_state()
+    read_lens(run, folder, "before")
+    assert run.model.training and torch.equal(torch.get_rng_state(), state), "training goes on as if nothing was read"
+    dist.barrier()
+    return json.loads((folder / "lens.json").read_text())
+
+
+@pytest.mark.parametrize(("mode", "shards"), [("lora-adamw", ("replicate", "full")), ("full-muon", ("full", "full"))])
+def test_prompts_are_read_the_same_on_any_number_of_ranks(
+    home: Path, tmp_path: Path, mode: str, shards: tuple[str, ...]
+) -> None:
+    (one,) = run_ranks(1, readings, home, mode, {}, tmp_path)
+    for world_size, shard in zip((2, 3), shards, strict=True):
+        for other in run_ranks(world_size, readings, home, mode, {"shard": shard}, tmp_path):
+            for prompt, again in zip(one["prompts"], other["prompts"], strict=True):
+                assert prompt["tokens"] == again["tokens"]
+                for row, row_again in zip(prompt["before"], again["before"], strict=True):
+                    assert row["tokens"] == row_again["tokens"]
+                    assert row["entropy"] == pytest.approx(row_again["entropy"], rel=1e-5)

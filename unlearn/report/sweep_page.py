@@ -5,9 +5,9 @@ from typing import Any
 
 from unlearn.report import figures
 from unlearn.report.page import fill, parts, shown
-from unlearn.report.sweep_record import SweepRecord, bounds, trial_notes
+from unlearn.report.sweep_record import NOT_ENDED, SweepRecord, bounds, trial_notes
 
-LOSSES = ("forget_loss", "retain_loss")
+LOSSES = {"forget_loss": "forget loss", "retain_loss": "retain loss"}
 
 
 def render_sweep(sweep: SweepRecord) -> str:
@@ -23,9 +23,9 @@ def render_sweep(sweep: SweepRecord) -> str:
         name=sweep.folder.resolve().name,
         summary=_summary(sweep),
         sweep=sweep,
-        met=sweep.outcome.startswith("The target is met"),
+        state=_state(sweep.outcome),
         tasks=list(sweep.flags.get("tasks", ())),
-        flags_tried=_flags(sweep),
+        columns=[*_flags(sweep), "seed", *LOSSES.values()],
         trials=list(_rows(sweep)),
         sweep_notes=list(_notes(sweep)),
         frontier=shown("frontier", [(caption, picture)] if sweep.trials else []),
@@ -40,6 +40,13 @@ def _summary(sweep: SweepRecord) -> str:
     return f"{flags.get('search')} search over {' '.join(flags.get('grid', ()))}; target {', '.join(flags['target'])}"
 
 
+def _state(outcome: str) -> str:
+    """The colour of what the sweep came to, as base.html names it."""
+    if outcome == NOT_ENDED:
+        return "unsure"
+    return "met" if outcome.startswith("The target is met") else "not"
+
+
 def _flags(sweep: SweepRecord) -> list[str]:
     """The flags of train.py that the trials differ in."""
     return list(dict.fromkeys(flag for trial in sweep.trials for flag in trial["values"]))
@@ -47,16 +54,23 @@ def _flags(sweep: SweepRecord) -> list[str]:
 
 def _rows(sweep: SweepRecord) -> Iterator[dict[str, Any]]:
     """A row of the table for the model before, and for each trial."""
-    yield {"name": "before", "values": [""] * (len(_flags(sweep)) + 1), "losses": [None] * 2, "numbers": sweep.before}
+    yield _row(sweep, {"number": "before", "accuracies": sweep.before}, best=False, notes="")
     for trial in sweep.trials:
-        yield {
-            "name": str(trial["number"]),
-            "best": sweep.best is not None and trial["number"] == sweep.best["number"],
-            "values": [*(trial["values"].get(flag, "") for flag in _flags(sweep)), str(trial["seed"])],
-            "losses": [trial.get("losses", {}).get(name) for name in LOSSES],
-            "numbers": trial.get("accuracies", {}),
-            "notes": trial_notes(trial),
-        }
+        best = sweep.best is not None and trial["number"] == sweep.best["number"]
+        yield _row(sweep, trial, best=best, notes=trial_notes(trial))
+
+
+def _row(sweep: SweepRecord, trial: dict[str, Any], *, best: bool, notes: str) -> dict[str, Any]:
+    """One row; every value with its column's name, under which it stands where a page is narrow."""
+    values = trial.get("values", {}) | {"seed": trial.get("seed", "")}
+    return {
+        "name": str(trial["number"]),
+        "best": best,
+        "values": [(flag, str(values.get(flag, ""))) for flag in (*_flags(sweep), "seed")],
+        "losses": [(title, trial.get("losses", {}).get(name)) for name, title in LOSSES.items()],
+        "numbers": trial.get("accuracies", {}),
+        "notes": notes,
+    }
 
 
 def _notes(sweep: SweepRecord) -> Iterator[str]:
