@@ -5,7 +5,7 @@ matplotlib draws them; nothing in them refers to anything outside the page.
 
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -187,26 +187,30 @@ def training_course(during: Sequence[tuple[int, Measurement]], tasks: Sequence[s
     return course(points, tasks, "optimizer steps of unlearning") if len(points) > 2 else ""
 
 
-def frontier(trials: Sequence[dict[str, Any]], before: Tasks, hazard: Bound, general: Bound) -> str:
+def frontier(trials: Sequence[dict[str, Any]], before: Mapping[str, Any], hazard: Bound, general: Bound) -> str:
     """The accuracies that two targets of a sweep bind against each other, a mark a trial."""
     with matplotlib.rc_context(STYLE):
         return _svg(_frontier(trials, before, hazard, general))
 
 
-def save_frontier(trials: Sequence[dict[str, Any]], before: Tasks, hazard: Bound, general: Bound, path: Path) -> None:
+def save_frontier(
+    trials: Sequence[dict[str, Any]], before: Mapping[str, Any], hazard: Bound, general: Bound, path: Path
+) -> None:
     """The same as a PNG."""
     with matplotlib.rc_context(STYLE):
         _frontier(trials, before, hazard, general).savefig(path, dpi=150)
 
 
-def _frontier(trials: Sequence[dict[str, Any]], before: Tasks, hazard: Bound, general: Bound) -> Figure:
+def _frontier(trials: Sequence[dict[str, Any]], before: Mapping[str, Any], hazard: Bound, general: Bound) -> Figure:
     """Each trial by its number, with 95 % intervals; the line joins those that no other beats in both accuracies."""
     figure, axes = _axes(f"{_short(hazard[0])}: lower is better", f"{_short(general[0])}: higher is better", height=3.6)
     places: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
     for trial in trials:
         if trial["state"] != "failed":
-            measured = [trial["accuracies"][task] for task, _ in (hazard, general)]
-            places[_kind(trial)].append(_mark_trial(axes, *measured, str(trial["number"]), *KINDS[_kind(trial)]))
+            across, up = (trial["accuracies"][task] for task, _ in (hazard, general))
+            kind = _kind(trial)
+            _mark_trial(axes, across, up, str(trial["number"]), kind)
+            places[kind].append((across["acc"], up["acc"]))
     for kind, (color, form) in KINDS.items():
         if places[kind]:
             axes.plot([], [], form, color=color, label=kind)
@@ -228,17 +232,15 @@ def _kind(trial: dict[str, Any]) -> str:
     return "met" if verdict["by_point"] == "met" else "not met"
 
 
-def _mark_trial(
-    axes: Axes, across: dict[str, Any], up: dict[str, Any], name: str, color: str, form: str
-) -> tuple[float, float]:
-    """Draw one trial with its intervals, and return its place."""
-    place = (across["acc"], up["acc"])
-    reach = [np.clip([[n["acc"] - n["interval"][0]], [n["interval"][1] - n["acc"]]], 0.0, None) for n in (across, up)]
-    axes.errorbar(
-        *([value] for value in place), xerr=reach[0], yerr=reach[1], fmt=form, color=color, markersize=5, elinewidth=0.5
-    )
-    axes.annotate(name, place, (4, 3), textcoords="offset points", fontsize=8)
-    return place
+def _mark_trial(axes: Axes, across: dict[str, Any], up: dict[str, Any], name: str, kind: str) -> None:
+    """Draw one trial with its intervals."""
+    color, form = KINDS[kind]
+    x, y = across["acc"], up["acc"]
+    (left, right), (down, top) = across["interval"], up["interval"]
+    across_reach = [[max(0.0, x - left)], [max(0.0, right - x)]]
+    up_reach = [[max(0.0, y - down)], [max(0.0, top - y)]]
+    axes.errorbar([x], [y], up_reach, across_reach, fmt=form, color=color, markersize=5, elinewidth=0.5)
+    axes.annotate(name, (x, y), (4, 3), textcoords="offset points", fontsize=8)
 
 
 def _unbeaten(places: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
