@@ -13,19 +13,19 @@ def pictures(attack: Attack, tasks: list[str]) -> Iterator[tuple[str, str]]:
     """(caption, SVG) of an attack: accuracies of the strongest one, envelopes of the models, each attack's curve."""
     grid, name = attack.grid, attack.folder.name
     strongest = f", of its {_count(grid)} the strongest, {grid['points_of']}" if _count(grid) > 1 else ""
-    yield f"Attack {name}{strongest}: accuracy as fine-tuning goes on", figures.attack_course(attack, tasks)
+    yield f"{name}{strongest}: accuracy as fine-tuning goes on", figures.attack_course(attack, tasks)
     subjects = grid.get("subjects", {})
     if len(subjects) == 1 and _count(grid) == 1:
         return
     for task in grid.get("hazard", ()):
         yield (
-            f"{task}, attack {name}: at each step the best attack that keeps general accuracy; beside the controls",
+            f"{name}, {task}: at each step the best attack that keeps general accuracy; beside the controls",
             figures.envelope(subjects, task),
         )
     for task in grid.get("hazard", ()):
         if _count(grid) > 1 and "/" not in task:
             curves = {one: found["points"] for one, found in subjects[UNLEARNED]["attacks"].items()}
-            yield f"{task}, attack {name}: each attack on the unlearned model", figures.attack_curves(curves, task)
+            yield f"{name}, {task}: each attack on the unlearned model", figures.attack_curves(curves, task)
 
 
 def recoveries(attack: Attack) -> Iterator[dict[str, Any]]:
