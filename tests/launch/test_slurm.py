@@ -268,3 +268,27 @@ def test_a_chain_ends_in_a_report(tmp_path: Path, world: Path, fails: bool) -> N
     }
     page = (tmp_path / "run/report.html").read_text()
     assert ("not evaluated" in page) == fails
+
+
+def test_a_killed_sweep_finds_its_jobs_again(tmp_path: Path, world: Path) -> None:
+    """Killed twice, while a job waits or runs: each command is one job, and each trial a result, a failed one too."""
+    flags = "--lora-rank 16 --seq-len 96 --batch 16 --micro-batch 8 --examples 48 --dtype fp32".split()
+    command = [sys.executable, "launch/sweep.py", "--output", str(tmp_path / "s"), "--grid", "layers=2,9"]
+    command += ["--submit=--nodes=1", "--ranks", "1", "--tasks", "wmdp_bio", "--target", "wmdp_bio<=0.0"]
+    command += ["--data-dir", str(world / "world/data"), "--", *model(world), f"--lens={world}/lens", *flags]
+    for seconds in (6.0, 20.0):
+        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stderr
+    assert "The target is not met: all points are tried, 2 trials." in result.stdout
+    measured, failed = (json.loads(line) for line in (tmp_path / "s/trials.jsonl").read_text().splitlines())
+    assert measured["state"] in ("push harder", "gentler") and measured["steps"] == 3
+    assert failed["state"] == "failed" and "expected --layers in 0..4" in failed["reason"]
+    notes = list((tmp_path / "s").rglob("*.job"))
+    assert sorted(note.stem for note in notes) == ["all", "all", "train", "train"]
+    numbers = {json.loads(note.read_text())["job"] for note in notes}
+    listed = text_of("squeue", "--noheader", "--states=all", "--format=%A %j").splitlines()
+    assert {line.split()[0] for line in listed if " sweep-" in line} == numbers and len(numbers) == 4
