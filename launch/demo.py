@@ -121,12 +121,16 @@ def _commands(config: DemoConfig, folder: Path) -> None:
         f"evals/run.py --model {model} --tasks {tasks} {data} --dtype fp32 --out {place}/after "
         f"--baseline {place}/before {targets}",
     )
-    run(
-        config.ranks,
-        f"evals/tamper.py --model {model} --corpus {world}/corpora/attack.jsonl --output {place}/attack {ATTACK} "
-        f"--eval-tasks {tasks} {data} --split-by attacked --seed {config.seed}",
-    )
+    run(config.ranks, attack_command(world, model, f"{place}/attack", config.seed))
     report(f"{place}/unlearned --evals {place}/before {place}/after")
+
+
+def attack_command(world: str, model: str, output: str, seed: int) -> str:
+    """The attack on a model of the embedded world."""
+    return (
+        f"evals/tamper.py --model {model} --corpus {world}/corpora/attack.jsonl --output {output} {ATTACK} "
+        f"--eval-tasks {' '.join(TASKS.values())} --data-dir {world}/data --split-by attacked --seed {seed}"
+    )
 
 
 def report(words: str) -> None:

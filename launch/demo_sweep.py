@@ -11,9 +11,8 @@ import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from launch.demo import ATTACK, TASKS, report, run
+from launch.demo import PROMPTS, TASKS, attack_command, report, run
 from unlearn.config import parse_flags
 from unlearn.errors import UserError, run_command
 
@@ -48,7 +47,8 @@ def main() -> None:
     tune(config, folder, place)
     best = json.loads((folder / "sweep" / "best.json").read_text(encoding="utf-8"))
     if best["model"] is not None:
-        _attack(config, place, best)
+        output = f"{place}/attack-{best['best']['number']:03d}"
+        run(config.ranks, attack_command(f"{place}/world", shlex.quote(best["model"]), output, seed=0))
     report(f"{place}/sweep")
     print("\n" + (folder / "sweep" / "table.md").read_text(encoding="utf-8").partition("\n## Commands")[0])
     page = folder / "sweep" / "report.html"
@@ -69,16 +69,7 @@ def tune(config: DemoSweepConfig, folder: Path, place: str) -> None:
     run(
         1,
         f"launch/sweep.py --output {place}/sweep --ranks {config.ranks} {SEARCH} --tasks {' '.join(TASKS.values())} "
-        f"{data} -- --model {model} --lens {place}/lens {corpora} {TRAIN}",
-    )
-
-
-def _attack(config: DemoSweepConfig, place: str, best: dict[str, Any]) -> None:
-    run(
-        config.ranks,
-        f"evals/tamper.py --model {shlex.quote(best['model'])} --corpus {place}/world/corpora/attack.jsonl "
-        f"--output {place}/attack-{best['best']['number']:03d} {ATTACK} --eval-tasks {' '.join(TASKS.values())} "
-        f"--data-dir {place}/world/data --split-by attacked",
+        f"{data} -- --model {model} --lens {place}/lens {corpora} {TRAIN} --prompts {shlex.join(PROMPTS)}",
     )
 
 
