@@ -1,6 +1,7 @@
 """The demo: its table, and (slow) that it reaches what the README says."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,13 @@ from typing import Any
 
 import pytest
 
-from launch.demo import TARGETS, TASKS, table
+import launch.demo
+import launch.demo_sweep
+from evals.tamper_config import TamperConfig
+from launch.demo import TARGETS, TASKS, report, table
+from launch.sweep_config import read_sweep
+from unlearn.config import parse_flags
+from unlearn.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,12 +48,58 @@ def test_demo_never_replaces_something_else(tmp_path: Path) -> None:
     assert result.returncode == 2 and "Traceback" not in result.stderr and (tmp_path / "thesis.txt").is_file()
 
 
+def test_without_matplotlib_the_report_is_left_out_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch.demo, "missing_packages", lambda: ["matplotlib"])
+    monkeypatch.setattr(launch.demo, "run", lambda *_command: pytest.fail("nothing is to be run"))
+    report("runs/demo/unlearned")
+    (line,) = capsys.readouterr().out.strip().splitlines()
+    assert line == "no report: matplotlib is not installed (pip install 'unlearn[report]')"
+
+
+@pytest.mark.parametrize("best", ["runs/s/sweep/trials/003-x/run/model", None])
+def test_demo_sweep_runs_commands_that_their_parsers_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best: str | None
+) -> None:
+    """World, lens, sweep, attack of the best model if there is one, report; what is there of it goes on."""
+    commands: list[list[str]] = []
+    for module in (launch.demo, launch.demo_sweep):
+        monkeypatch.setattr(module, "run", lambda _ranks, command: commands.append(shlex.split(command)))
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep/best.json").write_text(json.dumps({"model": best, "best": {"number": 3}}))
+    (tmp_path / "sweep/table.md").write_text("# Sweep\n\n## Commands")
+    monkeypatch.setattr(sys, "argv", ["demo_sweep.py", "--output", str(tmp_path), "--ranks", "2"])
+    launch.demo_sweep.main()
+    world, lens, sweep, *attack, page = commands
+    assert world[:3] == ["-m", "unlearn", "world"] and lens[:3] == ["-m", "unlearn", "fit-lens"]
+    space = read_sweep(sweep[1:]).space
+    assert sweep[0] == "launch/sweep.py" and space.push == "remove-coef" and space.seeds == 3
+    assert page == ["-m", "unlearn", "report", str(tmp_path / "sweep")]
+    assert len(attack) == (best is not None)
+    for words in attack:
+        config = parse_flags(TamperConfig, words[1:])
+        assert (config.model, config.output) == (best, str(tmp_path / "attack-003"))
+    (tmp_path / "world").mkdir()
+    commands.clear()
+    launch.demo_sweep.main()
+    assert commands[0][2] == "fit-lens"
+
+
+def test_demo_sweep_refuses_no_ranks() -> None:
+    with pytest.raises(UserError, match="--ranks of 1 or more"):
+        launch.demo_sweep.DemoSweepConfig(ranks=0)
+
+
 def run_demo(folder: Path, *flags: str) -> dict[str, Any]:
     """The demo's summary.json, with what it printed."""
     command = [sys.executable, "launch/demo.py", "--output", str(folder), *flags]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert result.returncode == 0, result.stderr[-3000:]
     assert (folder / "unlearned" / "model" / "model.safetensors").is_file()
+    page = folder / "unlearned" / "report.html"
+    assert f"report: {page}" in result.stdout and f"What to read next: {page} in a browser" in result.stdout
+    assert "The target organ of Trunlim" in page.read_text()
     return json.loads((folder / "summary.json").read_text()) | {"printed": result.stdout}
 
 
