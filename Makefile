@@ -33,7 +33,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/python launch/demo.py --ranks $(RANKS) --optimizer $(OPTIMIZER) --seed $(SEED) $(if $(SHARD),--shard $(SHARD)) --overwrite
 
-# Tunes on the embedded world until the target is met or 12 trials are spent, attacks the best, reports; stopped, the
+# Tunes on the embedded world until the target is met or 8 trials are spent, attacks the best, reports; stopped, the
 # same command goes on.
 demo-sweep: $(READY)
 	$(BIN)/python launch/demo_sweep.py --ranks $(RANKS)
