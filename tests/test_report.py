@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -429,6 +430,18 @@ def test_a_sweep_shows_the_best_trials_run_and_the_attack_on_it(sweep: Path) -> 
     assert "wmdp_bio 90.0 % 80.0–100.0 of 40 25.0 % 15.0–35.0 of 40 50.0 % 40.0–60.0 of 40" in stages
     assert str(sweep.parent / "attack/attack.json") in text and "another" not in text
     assert page.elements.count("svg") > 8 and "Each trial by its number" in page.text
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_a_browser_opens_it_without_an_error_or_a_request(sweep: Path) -> None:
+    """The page forbids itself every request, so that the browser complains of one as of any other error."""
+    words = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    _, text = report(sweep)
+    (sweep / "broken.html").write_text(text.replace("</body>", "<img src='http://127.0.0.1:9/x.png'></body>"))
+    for name, complaints in (("report.html", False), ("broken.html", True)):
+        result = subprocess.run([*words, f"file://{sweep / name}"], capture_output=True, text=True, timeout=60)
+        assert "The best trial" in result.stdout and result.stdout.rstrip().endswith("</html>")
+        assert ("CONSOLE" in result.stderr) == complaints, result.stderr
 
 
 def test_a_trial_that_was_begun_is_said(sweep: Path) -> None:
