@@ -18,7 +18,7 @@ from unlearn.errors import UserError, run_command
 
 # The cloze forms are judged: they have no letters, of which the tiny model makes a habit long before it has forgotten.
 SEARCH = (
-    "--search boundary --trials 8 --grid remove-coef=2,128 retain-coef=5,10,20 "
+    "--search boundary --trials 8 --grid remove-coef=0.5,50 retain-coef=5,10,20 "
     "--target 'world_hazard_cloze<=0.35' --target 'world_general_cloze>=0.95' --subsample 120"
 )
 TRAIN = (
