@@ -26,7 +26,7 @@ from unlearn.report.origins import command
 from unlearn.report.record import read_record
 from unlearn.report_config import ReportConfig
 
-VOID = {"meta", "br", "hr", "img", "input", "link"}
+VOID = {"meta", "wbr", "br", "hr", "img", "input", "link"}
 
 
 class Page(HTMLParser):
