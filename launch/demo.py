@@ -96,6 +96,7 @@ def _commands(config: DemoConfig, folder: Path) -> None:
     model, data = f"{world}/model", f"--data-dir {world}/data"
     corpora = f"--forget {world}/corpora/forget.jsonl --retain {world}/corpora/retain.jsonl"
     tasks = " ".join(TASKS.values())
+    hazard, general = (" ".join(t for name, t in TASKS.items() if name.startswith(p)) for p in ("hazard", "general"))
     _run(1, f"-m unlearn world --output {world}")
     _run(
         config.ranks,
@@ -118,7 +119,8 @@ def _commands(config: DemoConfig, folder: Path) -> None:
     _run(
         config.ranks,
         f"evals/tamper.py --model {model} --corpus {world}/corpora/attack.jsonl --output {place}/attack {ATTACK} "
-        f"--eval-tasks {tasks} {data} --split-by attacked --seed {config.seed}",
+        f"--eval-tasks {tasks} {data} --hazard-tasks {hazard} --general-tasks {general} --reference {place}/before "
+        f"--split-by attacked --seed {config.seed}",
     )
 
 

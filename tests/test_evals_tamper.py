@@ -182,20 +182,9 @@ def test_fresh_weights_are_those_of_an_untrained_model(tmp_path: Path, kind: str
 
 
 def test_a_grid_with_controls(home: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    grid = [
-        "--lr",
-        1e-3,
-        1e-2,
-        "--lora-rank",
-        0,
-        2,
-        "--data",
-        "forget",
-        "mix",
-        "--benign-corpus",
-        home / "retain.jsonl",
-    ]
-    grid += ["--examples", 8, "--steps", 4, "--split-by", "attacked", "--general-drop", 1.0]
+    benign = ["--data", "forget", "mix", "--benign-corpus", home / "retain.jsonl"]
+    grid = ["--lr", 1e-2, "--lora-rank", 0, 2, *benign, "--examples", 8, "--steps", 4]
+    grid += ["--split-by", "attacked", "--general-drop", 1.0]
     controls = ["--control", "random", "--control", f"original={home / 'model'}"]
     found = attack(monkeypatch, words(home, data, tmp_path / "out", *grid, *controls))
     assert list(found["subjects"]) == ["unlearned", "random", "original"]

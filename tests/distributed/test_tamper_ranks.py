@@ -53,6 +53,7 @@ def test_curves_are_the_same_at_one_and_two_ranks(home: Path, data: Path, tmp_pa
             assert two == one, shard
 
 
+@pytest.mark.slow
 def test_three_and_four_ranks_with_a_short_batch(home: Path, data: Path, tmp_path: Path) -> None:
     """14 windows in batches of 4; sums in another order: log-likelihoods within rounding."""
     more = ("--lora-rank", 0, 2, "--examples", 14, "--lr", "1e-3", "--eval-every", 4)
