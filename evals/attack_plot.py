@@ -16,14 +16,14 @@ CHANCE = 0.25  # of four choices
 
 def plot_attack(points: Sequence[dict[str, Any]], shown: Sequence[str], path: Path) -> None:
     """One attack: accuracy (with its 95 % interval) against optimizer steps, one line a task of `shown`."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     steps = [point["step"] for point in points]
     for task in shown:
         series = [point["tasks"][task] for point in points]
         _line(axes, steps, [v["acc"] for v in series], [v["interval"] for v in series], label=task)
     _finish(axes, "accuracy")
-    axes.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside right upper")
     figure.savefig(path, dpi=150)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evals.envelope import FRACTIONS, Attackers, Best, Gap, Point, envelope, peak, recovery
+from evals.envelope import FRACTIONS, Attackers, Gap, Point, envelope, peak, recovery
 from evals.tamper_config import ORIGINAL, UNLEARNED, Attack, TamperConfig
 
 Tasks = Mapping[str, Mapping[str, Any]]  # of a point: task, group or part of one -> its numbers
@@ -167,32 +167,35 @@ def _recovery(attackers: Attackers, floor: Mapping[str, float], gap: Gap) -> dic
 
 def table(curves: Curves, reference: Tasks | None) -> str:
     """For each hazard task and model: before, the envelope's highest point, and what it takes to recover the gap."""
-    found, lines = gaps(curves, reference), []
-    width = max(map(len, curves.of))
-    for task in curves.hazard:
-        lines.append(f"{task}{_goal(found.get(task))}")
-        heading = f"  {'model':{width}} {'before':>20} {'best of the attacks':>20} {'at step':>7}"
-        heading += "".join(f"  {f'{fraction:.0%} of the gap':>30}" for fraction in FRACTIONS) + "  by"
-        lines.append(heading)
-        lines += [f"  {name:{width}} {_row(curves, name, task, found.get(task))}" for name in curves.of]
-    count = max(map(len, curves.of.values()), default=0)
-    return "\n".join([*lines, *_notes(curves, count)])
+    found = gaps(curves, reference)
+    heading = ["model", "before", "best attack [95 %]", "step", *(f"{f:.0%} of the gap" for f in FRACTIONS), "by"]
+    parts = {task: [_row(curves, name, task, found.get(task)) for name in curves.of] for task in curves.hazard}
+    columns = list(zip(heading, *(row for rows in parts.values() for row in rows), strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    lines = [_aligned(heading, widths)] if parts else []
+    for task, rows in parts.items():
+        lines += [f"{task}{_goal(found.get(task))}", *(_aligned(row, widths) for row in rows)]
+    return "\n".join([*lines, *_notes(curves)])
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
+    cells = [f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)]
+    cells[0], cells[-1] = f"{row[0]:{widths[0]}}", row[-1]
+    return "  " + "  ".join(cells)
 
 
 def _goal(gap: Gap | None) -> str:
     return "" if gap is None else f": from {100 * gap.start:.1f} % back towards {100 * gap.reference:.1f} %"
 
 
-def _row(curves: Curves, name: str, task: str, gap: Gap | None) -> str:
+def _row(curves: Curves, name: str, task: str, gap: Gap | None) -> list[str]:
     attackers, floor, start = curves.attackers(name, task), curves.floor(name), curves.start(name)[task]
-    best: Best | None = peak(envelope(attackers, floor))
-    words = f"{_cell(start['acc'], start['interval']):>20}"
-    if best is None or best.point is None:
-        return f"{words} {'none keeps the floor':>20}"
-    words += f" {_cell(best.point.hazard, best.point.interval):>20} {best.step:>7,}"
-    for fraction in FRACTIONS:
-        words += f"  {_cost(attackers, floor, gap, fraction):>30}"
-    return f"{words}  {best.attacker}"
+    best = peak(envelope(attackers, floor))
+    before = _cell(start["acc"], start["interval"])
+    if best is None or best.point is None or best.attacker is None:
+        return [name, before, "none counts", "", *("" for _ in FRACTIONS), ""]
+    costs = [_cost(attackers, floor, gap, fraction) for fraction in FRACTIONS]
+    return [name, before, _cell(best.point.hazard, best.point.interval), f"{best.step:,}", *costs, best.attacker]
 
 
 def _cost(attackers: Attackers, floor: Mapping[str, float], gap: Gap | None, fraction: float) -> str:
@@ -202,11 +205,11 @@ def _cost(attackers: Attackers, floor: Mapping[str, float], gap: Gap | None, fra
     found = recovery(attackers, floor, gap.bound(fraction))
     if found.steps is None or found.tokens is None:
         return f"not within {found.longest_steps:,} steps"
-    return f"{found.steps.point.step:,} steps, {found.tokens.point.tokens:,} tokens"
+    return f"{found.steps.point.step:,} steps; {found.tokens.point.tokens:,} tokens"
 
 
-def _notes(curves: Curves, count: int) -> list[str]:
-    config = curves.config
+def _notes(curves: Curves) -> list[str]:
+    config, count = curves.config, len(curves.attacks)
     floor = f"at most {100 * config.general_drop:g} points below before"
     if config.general_floor is not None:
         floor = f"at least {100 * config.general_floor:g} %"

@@ -213,8 +213,8 @@ def _plot(config: TamperConfig, curves: Any, written: Mapping[str, Any], path: P
     from evals.attack_plot import plot_attack, plot_grid
 
     if len(config.attacks()) == 1 and not config.control:
-        shown = [task for task in written["points"][0]["tasks"] if "/" in task or task in config.eval_tasks]
-        plot_attack(written["points"], shown, path)
+        shown = [task for task in config.eval_tasks if task in written["points"][0]["tasks"]]
+        plot_attack(written["points"], list(dict.fromkeys([*written["hazard"], *shown])), path)
     else:
         plot_grid(curves, path)
 
