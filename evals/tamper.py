@@ -16,6 +16,7 @@ import gc
 import importlib.util
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from unlearn.config import parse_flags
 from unlearn.errors import UserError, run_command
 
 if TYPE_CHECKING:
-    import torch
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedTokenizerBase
 
     from evals.evaluation import Evaluation
@@ -43,16 +44,59 @@ def main() -> None:
         inputs = (config.corpus, config.benign_corpus, *(subject.model for subject in config.subjects()))
         with attempt(config, config.output, ATTACK, inputs, device) as this:
             if not this.finished:
-                tamper(config, device, this)
+                tamper(config, this)
             elif is_main():
                 print(f"finished before: {this.folder / 'attack.json'}")
 
 
-def tamper(config: TamperConfig, device: "torch.device", this: "Attempt") -> None:
-    """Read everything, run what an earlier attempt left of the grid, write."""
+@dataclass(frozen=True)
+class Grid:
+    """Everything that the attacks share, read and found to be right.
+
+    Attributes:
+        batches: of each attack. identity: digests of what was read.
+        reference: the original model's accuracies, where --reference names them.
+        warnings: sentences about questions that stand in what the attacks train on.
+    """
+
+    config: TamperConfig
+    tokenizer: "PreTrainedTokenizerBase"
+    evaluation: "Evaluation"
+    batches: dict[Attack, "Batches"]
+    identity: dict[str, str]
+    reference: dict[str, dict[str, Any]] | None
+    warnings: list[str]
+
+
+def tamper(config: TamperConfig, this: "Attempt") -> None:
+    """Run what an earlier attempt left of the grid, on the model and then on each control, and write."""
+    from unlearn.distributed import fail_together, is_main, world_size
+    from unlearn.sharding import shard_mesh
+
+    grid = prepare(config)
+    this.claim(grid.identity, {}, 0)
+    meshes: dict[str, DeviceMesh | None] = {}
+    for subject in config.subjects():
+        for attack in config.attacks():
+            kind = config.shard_kind(attack, world_size())
+            if kind not in meshes:
+                meshes[kind] = shard_mesh(kind, config.shard_size, this.device)
+            _run(grid, subject, attack, meshes[kind], this)
+            gc.collect()  # a model with hooks refers to itself: its memory is wanted for the next
+    with fail_together():
+        if is_main():
+            _write(grid, this.folder)
+    this.finish()
+
+
+def prepare(config: TamperConfig) -> Grid:
+    """Read models' tokenizers, corpora, questions and results, and look for every mistake in them.
+
+    Raises:
+        UserError: anything that the flags name is missing, damaged or does not fit the rest.
+    """
     from evals.evaluation import Evaluation
     from evals.fine_tuning import AttackFlags, attack_batches, check_examples_differ
-    from unlearn.distributed import fail_together, is_main
     from unlearn.model import load_config, load_tokenizer
 
     tokenizer = load_tokenizer(config.model, revision=config.revision)
@@ -61,21 +105,11 @@ def tamper(config: TamperConfig, device: "torch.device", this: "Attempt") -> Non
     identity |= {f"{name} corpus": corpus.sha256() for name, corpus in corpora.items()}
     evaluation = Evaluation.of(config, tokenizer, load_config(config.model, revision=config.revision))
     reference = _reference(config, evaluation)
-    unlearned = config.subjects()[0]
-    batches = {
-        attack: attack_batches(AttackFlags.of(config, unlearned, attack), corpora) for attack in config.attacks()
-    }
+    flags = {attack: AttackFlags.of(config, config.subjects()[0], attack) for attack in config.attacks()}
+    batches = {attack: attack_batches(of_attack, corpora) for attack, of_attack in flags.items()}
     check_examples_differ(batches)
     warnings = _overlaps(batches, evaluation, tokenizer)
-    this.claim(identity, {}, 0)
-    for subject in config.subjects():
-        for attack in config.attacks():
-            _run(config, subject, attack, batches[attack], evaluation, tokenizer, this, identity)
-            gc.collect()  # a model with hooks refers to itself: its memory is wanted for the next
-    with fail_together():
-        if is_main():
-            _write(config, this.folder, reference, warnings)
-    this.finish()
+    return Grid(config, tokenizer, evaluation, batches, identity, reference, warnings)
 
 
 def _models(config: TamperConfig, tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
@@ -151,31 +185,19 @@ def _overlaps(
     return warnings
 
 
-def _run(
-    config: TamperConfig,
-    subject: Subject,
-    attack: Attack,
-    batches: "Batches",
-    evaluation: "Evaluation",
-    tokenizer: "PreTrainedTokenizerBase",
-    this: "Attempt",
-    identity: Mapping[str, str],
-) -> None:
+def _run(grid: Grid, subject: Subject, attack: Attack, mesh: "DeviceMesh | None", this: "Attempt") -> None:
     """One attack on one model, unless an earlier attempt has finished it."""
     from evals.fine_tuning import AttackFlags, attack_model
     from unlearn.attempt import attempt
-    from unlearn.distributed import world_size
     from unlearn.run_folder import ONE_ATTACK
-    from unlearn.sharding import shard_mesh
 
+    flags = AttackFlags.of(grid.config, subject, attack)
     place = str(attack_folder(this.folder, subject.name, attack))
-    flags = AttackFlags.of(config, subject, attack)
     with attempt(flags, place, ONE_ATTACK, (), this.device, marker=this.marker) as one:
-        if one.finished:
-            return
-        mesh = shard_mesh(config.shard_kind(attack, world_size()), config.shard_size, this.device)
-        export = this.folder / "model" if config.save_model else None
-        attack_model(flags, batches, evaluation, tokenizer, mesh, one, identity=identity, export=export)
+        if not one.finished:
+            export = this.folder / "model" if grid.config.save_model else None
+            shared = (grid.batches[attack], grid.evaluation, grid.tokenizer, mesh)
+            attack_model(flags, *shared, one, identity=grid.identity, export=export)
 
 
 def attack_folder(folder: Path, subject: str, attack: Attack) -> Path:
@@ -183,12 +205,13 @@ def attack_folder(folder: Path, subject: str, attack: Attack) -> Path:
     return folder / "attacks" / subject / attack.name
 
 
-def _write(config: TamperConfig, folder: Path, reference: Any, warnings: list[str]) -> None:
+def _write(grid: Grid, folder: Path) -> None:
     """Write attack.json and the picture, and print the table."""
     from evals.attack_results import Curves, results, table
     from evals.fine_tuning import CURVE
     from unlearn.files import write_json
 
+    config, warnings = grid.config, grid.warnings
     attacks = {attack.name: attack for attack in config.attacks()}
     curves = {
         subject.name: {
@@ -198,7 +221,7 @@ def _write(config: TamperConfig, folder: Path, reference: Any, warnings: list[st
         for subject in config.subjects()
     }
     found = Curves(config, attacks, curves)
-    written = results(dataclasses.asdict(config), found, reference, warnings)
+    written = results(dataclasses.asdict(config), found, grid.reference, warnings)
     write_json(folder / "attack.json", written)
     if importlib.util.find_spec("matplotlib") is None:
         print("no plot: matplotlib is not installed (pip install 'unlearn[report]')")
@@ -206,7 +229,7 @@ def _write(config: TamperConfig, folder: Path, reference: Any, warnings: list[st
         _plot(config, found, written, folder / "attack.png")
     for warning in written["warnings"][len(warnings) :]:  # the first were said before the attacks
         print(f"warning: {warning}")
-    print(f"{table(found, reference)}\nattack: {folder / 'attack.json'}")
+    print(f"{table(found, grid.reference)}\nattack: {folder / 'attack.json'}")
 
 
 def _plot(config: TamperConfig, curves: Any, written: Mapping[str, Any], path: Path) -> None:
