@@ -139,7 +139,7 @@ def _attack(
     floor: Mapping[str, float],
     found: Mapping[str, Gap],
 ) -> dict[str, Any]:
-    shown = {*curves.hazard, *curves.config.roles()[1]}
+    shown = [*curves.hazard, *curves.config.roles()[1]]
     return {
         "flags": dataclasses.asdict(curves.attacks[name]),
         **{key: curve[key] for key in ("steps", "unique", "batch", "tokens", "diverged")},
@@ -175,6 +175,8 @@ def table(curves: Curves, reference: Tasks | None) -> str:
     lines = [_aligned(heading, widths)] if parts else []
     for task, rows in parts.items():
         lines += [f"{task}{_goal(found.get(task))}", *(_aligned(row, widths) for row in rows)]
+    if not found:
+        lines.append("  no gap to recover is known: give --control original=MODEL, or --reference with its results")
     return "\n".join([*lines, *_notes(curves)])
 
 

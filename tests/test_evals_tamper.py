@@ -10,17 +10,20 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
-from evals_support import question, write_questions, write_wmdp
+from evals_support import question, write_questions, write_stem, write_wmdp
 
 from evals import tamper
+from evals.evaluation import Evaluation
 from evals.fine_tuning import AttackFlags, attack_batches
+from evals.original import original_accuracies
 from evals.overlap import contained, overlap_warnings
+from evals.summary import summarise
 from evals.tamper_config import Attack, TamperConfig
 from unlearn.checkpoint import Checkpoints
 from unlearn.config import parse_flags
 from unlearn.data import Corpus, read_corpus
 from unlearn.errors import UserError
-from unlearn.model import fresh_weights, load_model, save_model
+from unlearn.model import fresh_weights, load_model, load_tokenizer, save_model
 
 BASE = {"model": "m", "output": "o", "corpus": "c"}
 GRID = {"data": ("forget", "mix"), "benign_corpus": "b"}
@@ -241,10 +244,25 @@ def test_recovery_against_results_of_the_original(
         attack(monkeypatch, [*flags, "--reference", str(results)])
 
 
-def _question_ids(home: Path, data: Path) -> dict[str, list[str]]:
-    from evals.evaluation import Evaluation
-    from unlearn.model import load_tokenizer
+def test_the_reference_is_what_the_original_scores(home: Path, data: Path, tmp_path: Path) -> None:
+    """A task, a group and parts by a column, read from written results: the numbers that measuring gives."""
+    root = tmp_path / "data"
+    shutil.copytree(data, root)
+    write_stem(root)
+    model, tokenizer = load_model(str(home / "model")), load_tokenizer(str(home / "model"))
+    evaluation = Evaluation(tokenizer, tasks=["wmdp_bio", "mmlu_stem"], data_dir=root, subsample=20, truncate=True)
+    result = evaluation.run(model)
+    evaluation.write(result, tmp_path / "out")
+    expected = summarise(result, "attacked")
+    found = original_accuracies(str(tmp_path / "out"), ["wmdp_bio", "mmlu_stem"], evaluation, "attacked")
+    assert list(found) == ["wmdp_bio", "wmdp_bio/attacked=False", "wmdp_bio/attacked=True", "mmlu_stem"]
+    assert found["mmlu_stem"]["questions"] == 20
+    for task, numbers in found.items():
+        assert numbers == {key: expected[task][key] for key in ("acc", "interval", "questions")}, task
+    assert list(original_accuracies(str(tmp_path / "out"), ["mmlu_stem"], evaluation, None)) == ["mmlu_stem"]
 
+
+def _question_ids(home: Path, data: Path) -> dict[str, list[str]]:
     tasks = ["wmdp_bio", "world_general_cloze"]
     return Evaluation(load_tokenizer(str(home / "model")), tasks=tasks, data_dir=data).question_ids()
 
