@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evals.tamper_config import Attack, Subject, TamperConfig
+from evals.tamper_config import UNLEARNED, Attack, Subject, TamperConfig
 from unlearn.config import parse_flags
 from unlearn.errors import UserError, run_command
 
@@ -135,7 +135,7 @@ def _models(config: TamperConfig, tokenizer: "PreTrainedTokenizerBase") -> dict[
                 f"expected --control {subject.name} with the tokenizer of --model; found another in {subject.model}: "
                 "tokens would not count the same, choose another control"
             )
-        found["model" if subject is config.subjects()[0] else f"model {subject.name}"] = files_hash(files)
+        found["model" if subject.name == UNLEARNED else f"control {subject.name}"] = files_hash(files)
     return found
 
 
