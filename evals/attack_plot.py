@@ -12,6 +12,7 @@ from evals.envelope import envelope
 from evals.tamper_config import UNLEARNED
 
 CHANCE = 0.25  # of four choices
+COLUMNS = 3
 
 
 def plot_attack(points: Sequence[dict[str, Any]], shown: Sequence[str], path: Path) -> None:
@@ -29,19 +30,19 @@ def plot_attack(points: Sequence[dict[str, Any]], shown: Sequence[str], path: Pa
 
 def plot_grid(curves: Curves, path: Path) -> None:
     """Many attacks: for each hazard task every attack on the unlearned model (thin) and the envelope of each model with
-    its 95 % interval; below, each attack's general accuracies."""
+    its 95 % interval; for each general task every attack on every model, and the floors."""
     hazard, general = curves.hazard, curves.config.roles()[1]
-    columns = max(1, len(hazard), len(general))
-    figure = Figure(figsize=(1 + 4 * columns, 7), layout="constrained")
-    grid = figure.subplots(2, columns, squeeze=False)
-    for axes, task in zip(grid[0], hazard, strict=False):
-        _hazard(axes, curves, task)
-    for axes, task in zip(grid[1], general, strict=False):
-        _general(axes, curves, task)
-    for axes in [*grid[0][len(hazard) :], *grid[1][len(general) :]]:
+    rows = max(1, -(-(len(hazard) + len(general)) // COLUMNS))
+    figure = Figure(figsize=(4 * COLUMNS, 3.2 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
+    for axes in panels[len(hazard) + len(general) :]:
         axes.set_axis_off()
+    for axes, task in zip(panels, hazard, strict=False):
+        _hazard(axes, curves, task)
+    for axes, task in zip(panels[len(hazard) :], general, strict=False):
+        _general(axes, curves, task)
     if hazard:
-        grid[0][0].legend(fontsize="small")
+        panels[0].legend(fontsize="small")
     figure.savefig(path, dpi=150)
 
 
