@@ -168,7 +168,7 @@ def _recovery(attackers: Attackers, floor: Mapping[str, float], gap: Gap) -> dic
 def table(curves: Curves, reference: Tasks | None) -> str:
     """For each hazard task and model: before, the envelope's highest point, and what it takes to recover the gap."""
     found = gaps(curves, reference)
-    heading = ["model", "before", "best attack [95 %]", "step", *(f"{f:.0%} of the gap" for f in FRACTIONS), "by"]
+    heading = ["model", "before", "best attack [95 %]", "step", *(f"{f:.0%} of the gap" for f in FRACTIONS), "best by"]
     parts = {task: [_row(curves, name, task, found.get(task)) for name in curves.of] for task in curves.hazard}
     columns = list(zip(heading, *(row for rows in parts.values() for row in rows), strict=True))
     widths = [max(map(len, column)) for column in columns]
@@ -197,7 +197,8 @@ def _row(curves: Curves, name: str, task: str, gap: Gap | None) -> list[str]:
     if best is None or best.point is None or best.attacker is None:
         return [name, before, "none counts", "", *("" for _ in FRACTIONS), ""]
     costs = [_cost(attackers, floor, gap, fraction) for fraction in FRACTIONS]
-    return [name, before, _cell(best.point.hazard, best.point.interval), f"{best.step:,}", *costs, best.attacker]
+    leader = best.attacker if best.step else "no attack"
+    return [name, before, _cell(best.point.hazard, best.point.interval), f"{best.step:,}", *costs, leader]
 
 
 def _cost(attackers: Attackers, floor: Mapping[str, float], gap: Gap | None, fraction: float) -> str:
