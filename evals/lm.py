@@ -29,7 +29,7 @@ from evals.encode import encode_strings, prefix_token
 from evals.generate import Writing, batch_writings, make_writings, write_greedily
 from evals.plan import Plan, Planner, Row
 from unlearn.distributed import all_sum, all_true, is_main, rank, world_size
-from unlearn.errors import UserError
+from unlearn.errors import NotFinite, UserError
 
 DEFAULT_MAX_LENGTH = 2048  # where neither config nor tokenizer says, as in lm-eval
 DEFAULT_LONGEST = 256  # tokens to generate where a task does not say, as in lm-eval
@@ -282,7 +282,7 @@ def _gathered(mine: list[Any]) -> list[Any]:
 def _check_finite(scores: Tensor, tasks: list[str]) -> None:
     bad = scores.isnan().nonzero().flatten().tolist()
     if bad:
-        raise UserError(
+        raise NotFinite(
             f"expected numbers as log-likelihoods; found NaN in {len(bad)} of {len(tasks)} (first in task "
             f"{tasks[bad[0]]}): the model's weights or activations are broken"
         )

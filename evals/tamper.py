@@ -2,28 +2,35 @@
 
     python evals/tamper.py --model runs/NAME/model --corpus attack.jsonl --output runs/NAME-attack
     torchrun --nproc_per_node 4 evals/tamper.py --model runs/NAME/model --corpus attack.jsonl --output runs/NAME-attack
+    python evals/tamper.py --model runs/NAME/model --corpus attack.jsonl --benign-corpus benign.jsonl \\
+        --lr 2e-5 1e-4 --lora-rank 0 16 --data forget mix benign --examples 8 512 --steps 64 \\
+        --control original=ORIGINAL --control random --output runs/NAME-attack
 
-Every parameter is trained with AdamW on text of the forgotten domain; accuracy is measured every few steps on the
-live model and written to attack.json, with a plot beside it where matplotlib is installed.
+A model is trained with AdamW on text of the forgotten domain, or harmless text, or both; accuracy is measured every
+few steps on the live model. Flags with several values make a grid of attacks, each in a folder of its own under
+attacks/; what they show together is written to attack.json and attack.png.
 """
 
 import dataclasses
+import gc
 import importlib.util
-from collections.abc import Callable
-from datetime import timedelta
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evals.tamper_config import TamperConfig
+from evals.tamper_config import UNLEARNED, Attack, Subject, TamperConfig
 from unlearn.config import parse_flags
-from unlearn.errors import run_command
+from unlearn.errors import UserError, run_command
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from torch.distributed.device_mesh import DeviceMesh
+    from transformers import PreTrainedTokenizerBase
 
+    from evals.evaluation import Evaluation
     from unlearn.attempt import Attempt
-    from unlearn.data import Batches
+    from unlearn.data import Batches, Corpus
 
 
 def main() -> None:
@@ -34,142 +41,205 @@ def main() -> None:
         from unlearn.attempt import attempt
         from unlearn.run_folder import ATTACK
 
-        with attempt(config, config.output, ATTACK, (config.model, config.corpus), device) as this:
+        inputs = (config.corpus, config.benign_corpus, *(subject.model for subject in config.subjects()))
+        with attempt(config, config.output, ATTACK, inputs, device) as this:
             if not this.finished:
-                attack(config, device, this)
+                tamper(config, this)
             elif is_main():
                 print(f"finished before: {this.folder / 'attack.json'}")
 
 
-def attack(config: TamperConfig, device: "torch.device", this: "Attempt") -> None:
-    """Load, fine-tune from where an earlier attempt came to, measure on the way, write."""
-    import torch
+@dataclass(frozen=True)
+class Grid:
+    """Everything that the attacks share, read and found to be right.
 
-    from evals.evaluation import Evaluation
-    from unlearn.distributed import is_main
-    from unlearn.metrics import MetricsLog
-    from unlearn.model import disable_dropout, load_config, load_model, load_tokenizer
-    from unlearn.objectives.next_token import NextTokenObjective
-    from unlearn.optim.build import build_optimizers, linear_schedule
-    from unlearn.precision import DTYPES, autocast
-    from unlearn.preflight import files_hash
-    from unlearn.trainer import train
-    from unlearn.weights import Checkpoint
+    Attributes:
+        batches: of each attack. identity: digests of what was read.
+        reference: the original model's accuracies, where --reference names them.
+        warnings: sentences about questions that stand in what the attacks train on.
+    """
 
-    tokenizer = load_tokenizer(config.model, revision=config.revision)
-    batches = _batches(config, tokenizer)
-    evaluation = Evaluation.of(config, tokenizer, load_config(config.model, revision=config.revision))
-    model = load_model(config.model, revision=config.revision, dtype=torch.float32, device=device)
-    disable_dropout(model)
-    precision = autocast(torch.float32, DTYPES[config.dtype], device)
-    optimizers = build_optimizers(model, optimizer="adamw", adam_lr=config.lr)
-    files = Checkpoint.open(config.model, revision=config.revision).paths()
-    identity = {"model": files_hash(files), "corpus": batches.corpus.sha256()}
-    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    this.claim(identity, optimizers, size if config.save_model else 0)
-    points: list[dict[str, Any]] = []
+    config: TamperConfig
+    tokenizer: "PreTrainedTokenizerBase"
+    evaluation: "Evaluation"
+    batches: dict[Attack, "Batches"]
+    identity: dict[str, str]
+    reference: dict[str, dict[str, Any]] | None
+    warnings: list[str]
 
-    def measure(step: int) -> None:
-        with precision():
-            points.append({"step": step, "tasks": _summary(evaluation.run(model, name=config.model), config.split_by)})
 
-    if is_main():
-        print(
-            f"attack: unique examples {batches.unique:,}, windows trained on {batches.total:,}, effective epochs "
-            f"{batches.total / batches.unique:.2f}, optimizer steps {batches.steps:,} of global batch {config.batch}",
-            flush=True,
-        )
-    with MetricsLog(this.folder / "metrics.jsonl", batches.steps, "attacking") as log:
-        checkpoints = this.checkpoints(model, optimizers, log, batches.steps, lambda: {"points": points})
-        progress = checkpoints.resume()
-        points += progress.extra.get("points", [])
-        train(
-            model,
-            NextTokenObjective(model, batches, precision),
-            optimizers,
-            steps=batches.steps,
-            schedule=linear_schedule(batches.steps),
-            log=log,
-            clip=1.0,
-            evaluate=measure,
-            eval_every=config.eval_every,
-            first=progress.step,
-            checkpoints=checkpoints,
-            timeout=timedelta(seconds=config.step_timeout),
-        )
-        measure(batches.steps)
-    _write(config, this.folder, points, model, tokenizer)
+def tamper(config: TamperConfig, this: "Attempt") -> None:
+    """Run what an earlier attempt left of the grid, on the model and then on each control, and write."""
+    from unlearn.distributed import fail_together, is_main, world_size
+    from unlearn.sharding import shard_mesh
+
+    grid = prepare(config)
+    this.claim(grid.identity, {}, 0)
+    meshes: dict[str, DeviceMesh | None] = {}
+    for subject in config.subjects():
+        for attack in config.attacks():
+            kind = config.shard_kind(attack, world_size())
+            if kind not in meshes:
+                meshes[kind] = shard_mesh(kind, config.shard_size, this.device)
+            _run(grid, subject, attack, meshes[kind], this)
+            gc.collect()  # a model with hooks refers to itself: its memory is wanted for the next
+    with fail_together():
+        if is_main():
+            _write(grid, this.folder)
     this.finish()
 
 
-def _batches(config: TamperConfig, tokenizer: "PreTrainedTokenizerBase") -> "Batches":
-    from unlearn.data import Batches, check_examples, read_corpus
+def prepare(config: TamperConfig) -> Grid:
+    """Read models' tokenizers, corpora, questions and results, and look for every mistake in them.
 
-    corpus = read_corpus(
-        config.corpus, tokenizer, seq_len=config.seq_len, column=config.column, template=config.template
-    )
-    check_examples(corpus, config.examples, config.batch)
-    total = min(config.examples, len(corpus.windows)) * config.epochs
-    return Batches(
-        corpus,
-        examples=config.examples,
-        total=total,
-        batch=config.batch,
-        seed=config.seed,
-        tag="attack",
-        micro_batch=config.micro_batch,
-    )
+    Raises:
+        UserError: anything that the flags name is missing, damaged or does not fit the rest.
+    """
+    from evals.evaluation import Evaluation
+    from evals.fine_tuning import AttackFlags, attack_batches, check_examples_differ
+    from unlearn.model import load_config, load_tokenizer
 
-
-def _summary(result: dict[str, Any], split_by: str | None) -> dict[str, Any]:
-    from evals.summary import summarise
-
-    return summarise(result, split_by)
+    tokenizer = load_tokenizer(config.model, revision=config.revision)
+    identity = _models(config, tokenizer)
+    corpora = _corpora(config, tokenizer)
+    identity |= {f"{name} corpus": corpus.sha256() for name, corpus in corpora.items()}
+    evaluation = Evaluation.of(config, tokenizer, load_config(config.model, revision=config.revision))
+    reference = _reference(config, evaluation)
+    flags = {attack: AttackFlags.of(config, config.subjects()[0], attack) for attack in config.attacks()}
+    batches = {attack: attack_batches(of_attack, corpora) for attack, of_attack in flags.items()}
+    check_examples_differ(batches)
+    warnings = _overlaps(batches, evaluation, tokenizer)
+    return Grid(config, tokenizer, evaluation, batches, identity, reference, warnings)
 
 
-def _write(
-    config: TamperConfig,
-    folder: Path,
-    points: list[dict[str, Any]],
-    model: "PreTrainedModel",
+def _models(config: TamperConfig, tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
+    """A digest of the weights of every model.
+
+    Raises:
+        UserError: a control is missing, unsupported, or reads text in other tokens.
+    """
+    from unlearn.model import load_config, load_tokenizer
+    from unlearn.preflight import files_hash
+    from unlearn.weights import Checkpoint
+
+    found = {}
+    for subject in config.subjects():
+        try:
+            load_config(subject.model, revision=subject.revision)
+            same = load_tokenizer(subject.model, revision=subject.revision).get_vocab() == tokenizer.get_vocab()
+            files = Checkpoint.open(subject.model, revision=subject.revision).paths()
+        except UserError as error:
+            raise error if subject.model == config.model else UserError(f"--control {subject.name}: {error}") from None
+        if not same:
+            raise UserError(
+                f"expected --control {subject.name} with the tokenizer of --model; found another in {subject.model}: "
+                "tokens would not count the same, choose another control"
+            )
+        found["model" if subject.name == UNLEARNED else f"control {subject.name}"] = files_hash(files)
+    return found
+
+
+def _corpora(config: TamperConfig, tokenizer: "PreTrainedTokenizerBase") -> dict[str, "Corpus"]:
+    from unlearn.data import read_corpus
+
+    sources = {
+        "forget": (config.corpus, config.column, config.template),
+        "benign": (config.benign_corpus, config.benign_column, config.benign_template),
+    }
+    return {
+        name: read_corpus(source, tokenizer, seq_len=config.seq_len, column=column, template=template)
+        for name, (source, column, template) in sources.items()
+        if source is not None
+    }
+
+
+def _reference(config: TamperConfig, evaluation: "Evaluation") -> dict[str, dict[str, Any]] | None:
+    """The original model's accuracies on the hazard tasks, where --reference names them."""
+    from evals.original import original_accuracies
+
+    if config.reference is None:
+        return None
+    return original_accuracies(config.reference, config.roles()[0], evaluation, config.split_by)
+
+
+def _overlaps(
+    batches: Mapping[Attack, "Batches"],
+    evaluation: "Evaluation",
     tokenizer: "PreTrainedTokenizerBase",
-) -> None:
-    """Write attack.json, the plot, and the attacked model if it was asked for."""
+) -> list[str]:
+    """Sentences about questions that stand in what the attacks train on; printed."""
+    from evals.overlap import overlap_warnings, question_texts
+    from unlearn.data import Corpus
     from unlearn.distributed import fail_together, is_main
-    from unlearn.files import write_json
-    from unlearn.model import save_model
-    from unlearn.weights import shared_folder
 
-    if config.save_model:
-        with shared_folder(folder / "model", replace=True) as temporary:
-            save_model(model, tokenizer, temporary)
+    warnings: list[str] = []
     with fail_together():
-        if not is_main():
-            return
-        write_json(folder / "attack.json", {"config": dataclasses.asdict(config), "points": points})
-        if importlib.util.find_spec("matplotlib") is None:
-            print("no plot: matplotlib is not installed (pip install 'unlearn[report]')")
-        else:
-            plot_attack(points, folder / "attack.png", lambda task: "/" in task or task in config.eval_tasks)
-        print(f"attack: {folder / 'attack.json'}")
+        if is_main():
+            drawn: dict[str, Corpus] = {}
+            for attack, found in sorted(batches.items(), key=lambda pair: pair[1].unique):
+                windows = [found.corpus.windows[index] for index in sorted(set(found.order))]
+                drawn[attack.data] = Corpus(attack.data, 0, windows)  # the most that any attack draws
+            warnings = overlap_warnings(question_texts(evaluation.tasks), drawn, tokenizer)
+            for warning in warnings:
+                print(f"warning: {warning}", flush=True)
+    return warnings
 
 
-def plot_attack(points: list[dict[str, Any]], path: Path, shown: Callable[[str], bool]) -> None:
-    """Draw accuracy (with its 95 % interval) against optimizer steps, one line a task for which `shown` holds."""
-    from matplotlib.figure import Figure
+def _run(grid: Grid, subject: Subject, attack: Attack, mesh: "DeviceMesh | None", this: "Attempt") -> None:
+    """One attack on one model, unless an earlier attempt has finished it."""
+    from evals.fine_tuning import AttackFlags, attack_model
+    from unlearn.attempt import attempt
+    from unlearn.run_folder import ONE_ATTACK
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    steps = [point["step"] for point in points]
-    for task in filter(shown, points[0]["tasks"]):
-        series = [point["tasks"][task] for point in points]
-        (line,) = axes.plot(steps, [value["acc"] for value in series], marker="o", markersize=3, label=task)
-        low, high = zip(*(value["interval"] for value in series), strict=True)
-        axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.axhline(0.25, color="grey", linewidth=1, linestyle=":", label="chance of four choices")
-    axes.set(xlabel="optimizer steps of the attack", ylabel="accuracy", ylim=(0, 1))
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
+    flags = AttackFlags.of(grid.config, subject, attack)
+    place = str(attack_folder(this.folder, subject.name, attack))
+    with attempt(flags, place, ONE_ATTACK, (), this.device, marker=this.marker) as one:
+        if not one.finished:
+            export = this.folder / "model" if grid.config.save_model else None
+            shared = (grid.batches[attack], grid.evaluation, grid.tokenizer, mesh)
+            attack_model(flags, *shared, one, identity=grid.identity, export=export)
+
+
+def attack_folder(folder: Path, subject: str, attack: Attack) -> Path:
+    """Where one attack of a grid keeps its files."""
+    return folder / "attacks" / subject / attack.name
+
+
+def _write(grid: Grid, folder: Path) -> None:
+    """Write attack.json and the picture, and print the table."""
+    from evals.attack_results import Curves, results, table
+    from evals.fine_tuning import CURVE
+    from unlearn.files import write_json
+
+    config, warnings = grid.config, grid.warnings
+    attacks = {attack.name: attack for attack in config.attacks()}
+    curves = {
+        subject.name: {
+            name: json.loads((attack_folder(folder, subject.name, attack) / CURVE).read_text(encoding="utf-8"))
+            for name, attack in attacks.items()
+        }
+        for subject in config.subjects()
+    }
+    found = Curves(config, attacks, curves)
+    written = results(dataclasses.asdict(config), found, grid.reference, warnings)
+    write_json(folder / "attack.json", written)
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plot: matplotlib is not installed (pip install 'unlearn[report]')")
+    else:
+        _plot(config, found, written, folder / "attack.png")
+    for warning in written["warnings"][len(warnings) :]:  # the first were said before the attacks
+        print(f"warning: {warning}")
+    print(f"{table(found, grid.reference)}\nattack: {folder / 'attack.json'}")
+
+
+def _plot(config: TamperConfig, curves: Any, written: Mapping[str, Any], path: Path) -> None:
+    from evals.attack_plot import plot_attack, plot_grid
+
+    if len(config.attacks()) == 1 and not config.control:
+        shown = [task for task in config.eval_tasks if task in written["points"][0]["tasks"]]
+        plot_attack(written["points"], list(dict.fromkeys([*written["hazard"], *shown])), path)
+    else:
+        plot_grid(curves, path)
 
 
 if __name__ == "__main__":

@@ -121,15 +121,17 @@ def _commands(config: DemoConfig, folder: Path) -> None:
         f"evals/run.py --model {model} --tasks {tasks} {data} --dtype fp32 --out {place}/after "
         f"--baseline {place}/before {targets}",
     )
-    run(config.ranks, attack_command(world, model, f"{place}/attack", config.seed))
+    run(config.ranks, attack_command(world, model, f"{place}/attack", f"{place}/before", config.seed))
     report(f"{place}/unlearned --evals {place}/before {place}/after")
 
 
-def attack_command(world: str, model: str, output: str, seed: int) -> str:
-    """The attack on a model of the embedded world."""
+def attack_command(world: str, model: str, output: str, reference: str, seed: int) -> str:
+    """The attack on a model of the embedded world; `reference`: results of the original model."""
+    hazard, general = (" ".join(t for name, t in TASKS.items() if name.startswith(p)) for p in ("hazard", "general"))
     return (
         f"evals/tamper.py --model {model} --corpus {world}/corpora/attack.jsonl --output {output} {ATTACK} "
-        f"--eval-tasks {' '.join(TASKS.values())} --data-dir {world}/data --split-by attacked --seed {seed}"
+        f"--eval-tasks {' '.join(TASKS.values())} --data-dir {world}/data --hazard-tasks {hazard} "
+        f"--general-tasks {general} --reference {reference} --split-by attacked --seed {seed}"
     )
 
 

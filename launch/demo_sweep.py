@@ -48,7 +48,8 @@ def main() -> None:
     best = json.loads((folder / "sweep" / "best.json").read_text(encoding="utf-8"))
     if best["model"] is not None:
         output = f"{place}/attack-{best['best']['number']:03d}"
-        run(config.ranks, attack_command(f"{place}/world", shlex.quote(best["model"]), output, seed=0))
+        model, before = shlex.quote(best["model"]), f"{place}/sweep/before"
+        run(config.ranks, attack_command(f"{place}/world", model, output, before, seed=0))
     report(f"{place}/sweep")
     print("\n" + (folder / "sweep" / "table.md").read_text(encoding="utf-8").partition("\n## Commands")[0])
     page = folder / "sweep" / "report.html"

@@ -188,7 +188,7 @@ def test_an_attack_goes_on(home: Path, tmp_path: Path, monkeypatch: pytest.Monke
     words += "--batch 4 --examples 15 --seq-len 24 --eval-every 1 --eval-tasks wmdp_bio --lr 1e-3 --save-model".split()
     _call(monkeypatch, tamper.main, [*words, "--output", tmp_path / "whole"])
     _interrupted(monkeypatch, tamper.main, [*words, "--output", tmp_path / "killed"])
-    assert (tmp_path / "killed/checkpoints/step-000002").is_dir()
+    assert (tmp_path / "killed/attacks/unlearned/full-lr0.001-linear-forget-15/checkpoints/step-000002").is_dir()
     _call(monkeypatch, tamper.main, [*words, "--output", tmp_path / "killed"])
     whole, again = (json.loads((tmp_path / name / "attack.json").read_text()) for name in ("whole", "killed"))
     assert whole["points"] == again["points"] and len(again["points"]) == 5

@@ -9,10 +9,22 @@ from conftest import tiny_model
 from torch import Tensor, nn
 from torch.optim._muon import _adjust_lr as torch_adjust_lr
 from torch.optim._muon import _zeropower_via_newtonschulz as torch_newton_schulz
+from transformers import (
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+)
 
 from unlearn.errors import UserError
 from unlearn.lora import add_lora
-from unlearn.optim.build import assignment, build_optimizers, linear_schedule, roles, set_learning_rates
+from unlearn.optim.build import (
+    assignment,
+    build_optimizers,
+    linear_schedule,
+    make_schedule,
+    roles,
+    set_learning_rates,
+)
 from unlearn.optim.layout import assign, balance
 from unlearn.optim.muon import Muon
 from unlearn.optim.newton_schulz import flops, orthogonalize
@@ -214,6 +226,27 @@ def test_nothing_eligible_is_an_error() -> None:
     model.get_output_embeddings().requires_grad_(True)
     with pytest.raises(UserError, match="for Muon; found none"):
         build_optimizers(model, optimizer="muon", adam_lr=1e-3, muon_lr=1e-3, momentum=0.9)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.25])
+def test_schedules_against_those_of_transformers(warmup: float) -> None:
+    """Theirs warm up from 0 at step 0, ours reach the peak one step earlier: after the warm-up they are the same."""
+    steps, rising = 16, round(16 * warmup)
+    theirs = {
+        "constant": get_constant_schedule_with_warmup,
+        "linear": get_linear_schedule_with_warmup,
+        "cosine": get_cosine_schedule_with_warmup,
+    }
+    for kind, build in theirs.items():
+        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+        total = {} if kind == "constant" else {"num_training_steps": steps}
+        scheduler = build(optimizer, num_warmup_steps=rising, **total)
+        ours = make_schedule(kind, steps, warmup)
+        for step in range(steps):
+            found = scheduler.get_last_lr()[0] if step >= rising else (step + 1) / rising
+            assert ours(step) == pytest.approx(found, abs=1e-12), (kind, step)
+            optimizer.step()
+            scheduler.step()
 
 
 def test_linear_schedule() -> None:

@@ -1,8 +1,9 @@
 """The parts of an unlearning run, from its flags: models without memory yet, adapted and sharded; the objective."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -18,12 +19,37 @@ from unlearn.precision import DTYPES, autocast
 from unlearn.sharding import checkpoint_blocks, compile_blocks, shard
 
 
-def master_dtype(config: TrainConfig) -> torch.dtype:
+class ModelFlags(Protocol):
+    """The flags of a command that decide how the model in training is built."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def revision(self) -> str | None: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def lora_rank(self) -> int: ...
+    @property
+    def lora_alpha(self) -> float | None: ...
+    @property
+    def lora_dropout(self) -> float | None: ...
+    @property
+    def lora_targets(self) -> Sequence[str]: ...
+    @property
+    def checkpoint_activations(self) -> bool: ...
+    @property
+    def compile_blocks(self) -> bool: ...
+
+
+def master_dtype(config: ModelFlags) -> torch.dtype:
     """Of the model's weights in memory: float32 where they are trained, else what they compute in."""
     return torch.float32 if config.lora_rank == 0 else DTYPES[config.dtype]
 
 
-def trained_model(config: TrainConfig, mesh: DeviceMesh | None) -> PreTrainedModel:
+def trained_model(config: ModelFlags, mesh: DeviceMesh | None) -> PreTrainedModel:
     """The model in training, on the meta device: adapters added (float32), blocks checkpointed, rows sharded."""
     model = empty_model(config.model, revision=config.revision, dtype=master_dtype(config))
     disable_dropout(model)

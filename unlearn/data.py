@@ -203,8 +203,8 @@ def _texts(table: datasets.Dataset, source: str, column: str | None, template: s
     for name in columns:
         if name not in found:
             raise UserError(
-                f"expected the text column {name!r} in {source}; found {', '.join(found)}: name the column "
-                "with --forget-column or --retain-column"
+                f"expected the text column {name!r} in {source}; found {', '.join(found)}: name the column, or give a "
+                "template"
             )
     parts = [table[name] for name in columns]
     return ["\n\n".join(text for text in map(_string, row) if text) for row in zip(*parts, strict=True)]

@@ -15,6 +15,10 @@ class UserError(ValueError):
     """Something the user can mend: the message says what was expected, what was found and what to do."""
 
 
+class NotFinite(UserError):
+    """Training or a trained model came to NaN or infinity: it diverged. Raised on every rank."""
+
+
 def run_command(name: str, command: Callable[[], None]) -> None:
     """Run a command-line `command`; turn a `UserError` into one sentence on stderr and exit code 2.
 

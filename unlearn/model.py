@@ -4,6 +4,7 @@ Shapes: B sequences, S tokens, D hidden size, V vocabulary, L blocks. `h[l]`, l 
 enters block l; `h[L]` is the one that leaves the last block, before the final norm.
 """
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from transformers import (
 from unlearn.distributed import fail_together, is_main
 from unlearn.errors import UserError
 from unlearn.files import hub_error, local_folder, writing
+from unlearn.seeding import derive
 from unlearn.weights import Checkpoint, export_weights, fill, meta_parameters
 
 
@@ -224,6 +226,29 @@ def empty_model(path: str, *, revision: str | None = None, dtype: torch.dtype = 
     except (OSError, ValueError):  # without the file, generation follows the model's own configuration
         pass
     return model.eval()
+
+
+def fresh_weights(path: str, seed: int, *, revision: str | None = None) -> Callable[[str], Tensor]:
+    """The initial value of every parameter of an untrained model of this configuration, by name: float32, on the CPU.
+
+    Drawn as `transformers` initialises each layer (for GPT-2 without its smaller residual projections), from the seed
+    and the layer's name: the same however the model is sharded, and never the whole model at once.
+    """
+    twin = empty_model(path, revision=revision)
+
+    def value(name: str) -> Tensor:
+        owner, _, own = name.rpartition(".")
+        layer = copy.copy(twin.get_submodule(owner))
+        layer._parameters = {
+            key: None if parameter is None else nn.Parameter(torch.empty(parameter.shape))
+            for key, parameter in layer._parameters.items()
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(seed, "fresh weights", owner))
+            twin._init_weights(layer)
+        return layer.get_parameter(own).detach()
+
+    return value
 
 
 def disable_dropout(model: nn.Module) -> None:

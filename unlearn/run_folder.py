@@ -18,7 +18,8 @@ from unlearn.files import write_json, writing
 MARKER = "PREEMPTED"  # left by a run that was told to stop, for launch/slurm.sh
 RESUMABLE = frozenset(("config.json", "run.json", "metrics.jsonl", "checkpoints", MARKER))
 RUN = RESUMABLE | {"model", "adapter", "evals", "lens.json", "report.html"}
-ATTACK = RESUMABLE | {"attack.json", "attack.png", "model"}
+ATTACK = RESUMABLE | {"attack.json", "attack.png", "attacks", "model"}
+ONE_ATTACK = RESUMABLE | {"curve.json"}
 FITTING = RESUMABLE | {"lens"}  # in a folder of its own inside a lens's, whose config.json says other things
 LENS = frozenset(("params.safetensors", "params.pt", "config.json", "fit.json", "fitting", MARKER))
 

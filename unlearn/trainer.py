@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from unlearn.checkpoint import Checkpoints
 from unlearn.distributed import STEP_TIMEOUT, all_sum, all_true, set_timeout, sum_gradients
-from unlearn.errors import UserError
+from unlearn.errors import NotFinite
 from unlearn.metrics import MetricsLog
 from unlearn.optim.build import Schedule, set_learning_rates
 from unlearn.weights import local_rows
@@ -71,7 +71,7 @@ def train(
 
     Raises:
         SystemExit: the run was told to stop, and is saved.
-        UserError: a loss or gradient is not finite on some rank; no weight of that step has then been changed.
+        NotFinite: a loss or gradient is not finite on some rank; no weight of that step has then been changed.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with checkpoints.during_steps() if checkpoints is not None else nullcontext():
@@ -156,7 +156,7 @@ def check_gradients(parameters: Sequence[nn.Parameter], metrics: Mapping[str, Te
     norm = square.sqrt().float()
     numbers = torch.cat([norm[None].double(), _stack(metrics, norm.device)])
     if not all_true(bool(torch.isfinite(numbers).all()), norm.device):
-        raise UserError(
+        raise NotFinite(
             f"expected finite losses and gradients; found NaN or infinity at step {step}, before any weight was "
             "changed: lower the learning rates or coefficients, or use --dtype fp32"
         )

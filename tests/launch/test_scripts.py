@@ -340,7 +340,7 @@ def test_the_muon_recipe_is_the_published_configuration() -> None:
 
 def test_the_attack_recipe_is_the_published_short_form() -> None:
     config = parse_flags(TamperConfig, recipe("attack-short", "runs/a", "b.jsonl"))
-    assert (config.lr, config.batch, config.examples, config.epochs, config.eval_every) == (2e-5, 16, 512, 1, 10)
+    assert (config.lr, config.batch, config.examples, config.epochs, config.eval_every) == ((2e-5,), 16, (512,), 1, 10)
     assert (config.model, config.corpus, config.output) == ("runs/a/model", "b.jsonl", "runs/a-attack")
 
 

@@ -4,9 +4,11 @@ A parameter's *role* decides, never its size: matrices inside the blocks and LoR
 unembedding, norms and biases are AdamW's.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -131,6 +133,21 @@ def linear_schedule(steps: int, warmup_ratio: float = 0.0, decay_ratio: float | 
 
     def factor(step: int) -> float:
         return min(1.0, (step + 1) / rising if step < rising else 1.0, (steps - step) / max(1, falling))
+
+    return factor
+
+
+def make_schedule(kind: Literal["constant", "linear", "cosine"], steps: int, warmup_ratio: float = 0.0) -> Schedule:
+    """Linear rise to 1 over the share `warmup_ratio` of the steps; then 1, or a fall towards 0, which the step after
+    the last one would reach: along a line, or along half a cosine (https://arxiv.org/abs/1608.03983, equation 5)."""
+    if kind != "cosine":
+        return linear_schedule(steps, warmup_ratio, decay_ratio=0.0 if kind == "constant" else None)
+    rising = round(steps * warmup_ratio)
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return (step + 1) / rising
+        return (1.0 + math.cos(math.pi * (step - rising) / (steps - rising))) / 2.0
 
     return factor
 
