@@ -103,13 +103,16 @@ def test_the_random_control_is_fresh_on_any_number_of_ranks(home: Path, tmp_path
 
 
 def one_rank_diverges(home: Path, data: Path, output: Path) -> str:
-    found = attack(home, data, output, "--examples", 16, "--lr", "1e30", "1e-3", "--eval-every", 1)
+    flags = ["--examples", 16, "--lr", "1e30", "1e-3", "--eval-every", 4, "--save-every", 1]
+    found = attack(home, data, output, *flags)
+    assert not list(output.rglob("checkpoints*"))
     reasons = [of_one["diverged"] for of_one in found["subjects"]["unlearned"]["attacks"].values()]
     assert reasons[1] is None
     return str(reasons[0])
 
 
 def test_a_divergence_ends_one_attack_on_every_rank(home: Path, data: Path, tmp_path: Path) -> None:
+    """While a checkpoint is being written."""
     for reason in run_ranks(2, one_rank_diverges, home, data, tmp_path / "out"):
         assert "NaN" in reason
 
