@@ -95,9 +95,10 @@ def world_config(tokenizer: PreTrainedTokenizerFast) -> GPTNeoXConfig:
 
 
 def train_world(output: Path, *, recipe: Recipe | None = None, seed: int = 0) -> None:
-    """Train the tiny model and write it to the new folder `output` in bfloat16: about nine minutes of one core.
+    """Train the tiny model and write it to the new folder `output` in bfloat16: about ten minutes of one core.
 
-    The same machine gives the same weights; another kind of processor rounds otherwise and gives a sibling.
+    The same machine and version give the same weights; another kind of processor, or a version that adds in another
+    order, gives a sibling that knows the same. The shipped weights are such a sibling, of an earlier version.
 
     Raises:
         UserError: more than one rank, which would all draw the same batch.
