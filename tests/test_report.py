@@ -580,6 +580,20 @@ def test_a_grid_of_attacks_stands_beside_its_controls(run: Path) -> None:
     assert "of its 2 the strongest, a" in page.text and page.elements.count("svg") == 10
 
 
+@pytest.mark.parametrize(
+    ("gap", "said"),
+    [({}, "No gap to recover is known"), ({"start": 0.3, "reference": 0.3, "reason": "not apart"}, "not apart")],
+)
+def test_an_attack_without_a_gap_still_has_its_page(run: Path, gap: dict[str, Any], said: str) -> None:
+    attack = attacked_grid(str(run / "model")) | {"gap": {"wmdp_bio": gap} if gap else {}}
+    for subject in attack["subjects"].values():
+        subject["recovery"] = {"wmdp_bio": {}} if gap else {}
+    write(run.parent / "some-attack/attack.json", attack)
+    page, _ = report(run)
+    assert said in page.text and "Unlearning took it from" not in page.text
+    assert "unlearned 2 attacks 30.0 % 20.0–40.0 70.0 % 60.0–80.0 20" in page.text
+
+
 def test_commands_and_digests_come_from_the_run_itself(run: Path) -> None:
     facts = {"command": "torchrun --nproc_per_node 2 train.py --x", "code": "c0de", "versions": {"torch": "9.9"}}
     write(run / "run.json", {"identity": {"forget corpus": "beef" * 16}, "attempts": [facts | {"ranks": 2}]})
