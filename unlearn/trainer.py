@@ -59,9 +59,8 @@ def train(
     """Run `steps` optimizer steps on parameters that are replicated, or all sharded over one mesh.
 
     Args:
-        objective: adds gradients; see `Objective`.
+        objective: adds gradients; see `Objective`. schedule: step -> factor of the peak learning rates.
         optimizers: by the name under which their learning rates are logged, `<name>_lr`.
-        schedule: step -> factor of the peak learning rates.
         clip: largest 2-norm of the whole gradient.
         evaluate: called with the number of steps done, every `eval_every` of them, the first time before any; what
             the last step leaves is the caller's to measure.
