@@ -1,5 +1,6 @@
 """Ctrl-C ends a command with one sentence, whatever the libraries under it make of the interrupt."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -66,3 +67,40 @@ def test_another_error_keeps_its_traceback() -> None:
     code = COMMAND.format("    raise ImportError('a bug')")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "Traceback" in done.stderr and "ImportError: a bug" in done.stderr
+
+
+A_THREAD_OF_TORCH_GOES_ON = """
+    import threading, torch
+    from unlearn.errors import UserError
+    def add():
+        while True:
+            torch.ones(100) + 1
+    threading.Thread(target=add, daemon=True).start()
+    time.sleep(0.2)
+    {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        ("pass", 0),
+        ("raise SystemExit(7)", 7),
+        ("raise SystemExit('so')", 1),
+        ("raise ValueError", 1),
+        ("raise UserError", 2),
+    ],
+)
+def test_a_rank_ends_with_its_own_code(end: str, code: int) -> None:
+    """Under torchrun no thread of torch's is met by the teardown of the interpreter, which aborts the process."""
+    body = A_THREAD_OF_TORCH_GOES_ON.format(end)
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND.format(body)],
+        cwd=ROOT,
+        env=os.environ | {"RANK": "0"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == code, done.stderr
+    assert done.stdout == "ready\n" + ("went on\n" if code == 0 else "")

@@ -1,5 +1,6 @@
 """How a mistake of the user's reaches the user: one sentence and a non-zero exit code."""
 
+import atexit
 import os
 import signal
 import sys
@@ -31,12 +32,38 @@ def run_command(name: str, command: Callable[[], None]) -> None:
     Raises:
         SystemExit: 2 after a `UserError`, 130 after Ctrl-C.
     """
+    rank_exit = _RankExit()
     try:
         with _CtrlC(name):
             command()
     except UserError as error:
         _say_once(f"{name}: error: {error}")
+        rank_exit.code = 2
         raise SystemExit(2) from None
+    except SystemExit as error:
+        rank_exit.code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        raise
+    rank_exit.code = 0
+
+
+class _RankExit:
+    """How a process of torchrun's ends: after Python's own exit callbacks, before the interpreter is torn down.
+
+    gloo's threads free the tensors of the last collectives, and take the interpreter's lock for it; a thread that asks
+    for the lock during the teardown aborts the process (https://github.com/pytorch/pytorch/issues/38228), as one run
+    in some hundreds did under load, with everything written. Leaving the process group does not end these threads:
+    device meshes keep it.
+    """
+
+    def __init__(self) -> None:
+        self.code = 1  # of an exception that nobody catches
+        if "RANK" in os.environ:
+            atexit.register(self._end)  # registered before the libraries' callbacks, called after them
+
+    def _end(self) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(self.code)
 
 
 class _CtrlC:
