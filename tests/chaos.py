@@ -79,6 +79,25 @@ class Case:
         return Launched(words, self.ranks, log, nodes=2 if self.how == "agents" else 1)
 
 
+# Named sets of cases, for the tests: the disturbances that bite most; two torchrun agents, undisturbed, then the host
+# of their store killed, the other one, a rank, and both told to stop.
+SETS = {
+    "short": [
+        Case(0, "full-adamw", 2, "kill", "saving", 0.5, 1),
+        Case(1, "full-adamw", 2, "usr1", "any", 0.7, 0),
+        Case(2, "lora-muon", 1, "kill", "exporting", 0.5, 0),
+        Case(3, "lora-muon", 1, "disk", "saving", 0.3, 0),
+    ],
+    "two-nodes": [
+        Case(4, "lora-adamw", 2, "none", "exporting", 0.5, 0, "agents"),
+        Case(5, "lora-adamw", 2, "node", "evaluating", 0.5, 0, "agents"),
+        Case(6, "lora-adamw", 2, "node", "saving", 0.7, 1, "agents"),
+        Case(7, "lora-adamw", 2, "kill", "any", 0.7, 1, "agents"),
+        Case(8, "lora-adamw", 2, "usr1", "any", 0.7, 0, "agents"),
+    ],
+}
+
+
 def prepare(place: Path) -> None:
     """A tiny model, lens, corpora and questions in `place`, and everything imported that a run imports."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -265,27 +284,36 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=100)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", choices=SETS, help="these cases instead of drawn ones")
     parser.add_argument("--folder", type=Path)
     flags = parser.parse_args()
     folder = flags.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
-    chaos, table, failures = Chaos(folder), Counter[tuple[str, str]](), []
-    for number in range(flags.first, flags.first + flags.cases):
-        case = Case.draw(flags.seed, number)
+    drawn = [Case.draw(flags.seed, number) for number in range(flags.first, flags.first + flags.cases)]
+    cases = SETS[flags.set] if flags.set else drawn
+    raise SystemExit(1 if run_all(cases, folder) else 0)
+
+
+def run_all(cases: list[Case], folder: Path) -> int:
+    """Run the cases, print a line for each and a table at the end; how many failed."""
+    chaos, table, failed = Chaos(folder), Counter[tuple[str, str]](), 0
+    for case in cases:
         started = time.monotonic()
         doing, wrong = chaos.run(case)
         table[case.fault, doing] += 1
-        failures += [(case, doing, wrong)] if wrong else []
         print(
-            f"{number:4d} {case.kind:10} {case.ranks} rank(s) {case.how:8} {case.fault:5} while {doing:15} "
+            f"{case.number:4d} {case.kind:10} {case.ranks} rank(s) {case.how:8} {case.fault:5} while {doing:15} "
             f"{time.monotonic() - started:5.1f} s  {wrong or 'same bits'}",
             flush=True,
         )
-        if not wrong:
-            shutil.rmtree(folder / f"case-{number}")
-    print(f"\n{flags.cases} cases, {len(failures)} failed; logs in {folder}")
+        if wrong:
+            failed += 1
+            print((folder / f"case-{case.number}.txt").read_text())
+        else:
+            shutil.rmtree(folder / f"case-{case.number}")
+    print(f"\n{len(cases)} cases, {failed} failed; logs in {folder}")
     for (fault, doing), count in sorted(table.items()):
         print(f"{fault:5} while {doing:15} {count:4d}")
-    raise SystemExit(1 if failures else 0)
+    return failed
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """One attempt at a run of train.py in several processes, to disturb: forked from this one, or under launch/node.sh."""
 
+import faulthandler
 import os
 import resource
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 PATIENCE = 120.0  # seconds for one attempt
+STACKS = signal.SIGUSR2  # on which a forked rank logs where its threads are
 
 
 class Forked:
@@ -38,6 +40,7 @@ class Forked:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        faulthandler.register(STACKS)
         if file_limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
         code = 1
@@ -60,6 +63,9 @@ class Forked:
             os._exit(code)
 
     def kill(self) -> None:
+        """kill -9 of all ranks, which first say where they are."""
+        self.signal_all(STACKS)
+        time.sleep(0.5)
         self.signal_all(signal.SIGKILL)
 
     def signal_all(self, number: int) -> None:
