@@ -9,14 +9,15 @@ Applied in this order, to a model that may still be on the meta device:
 Communication of a sharded step (https://arxiv.org/abs/2304.11277, and torch's `fully_shard`): before a unit computes,
 its rows are all-gathered in the compute dtype inside its shard group and freed again afterwards; in backward once more,
 and the unit's gradient is reduce-scattered in float32. Under hybrid sharding the scattered gradients are then
-all-reduced across the replicas. FSDP2 overlaps the gathering of the next unit with the computation of the current one;
-nothing is prefetched by hand, because a forward pass may end below the top and would leave a gathered block behind.
+all-reduced across the replicas, once an optimizer step. FSDP2 overlaps the gathering of the next unit with the
+computation of the current one; nothing is prefetched by hand, because a forward pass may end below the top and would
+leave a gathered block behind.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,7 @@ from unlearn.errors import UserError
 from unlearn.model import blocks, final_norm
 
 Kind = Literal["full", "hybrid", "replicate"]
+Rows = TypeVar("Rows")
 
 
 def shard_mesh(kind: Kind, shard_size: int | None, device: torch.device) -> DeviceMesh | None:
@@ -115,6 +117,22 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def all_reducing_last(model: nn.Module, micro_batches: Iterable[Rows], *, ends_step: bool = True) -> Iterator[Rows]:
+    """Go through micro-batches; under hybrid sharding only the last one's backward all-reduces across the replicas.
+
+    FSDP2 keeps the sum of what the others scattered, in place of the gradient it will become. The reduce-scatter
+    inside a replica stays with every micro-batch: without it each rank would keep a whole float32 gradient.
+
+    Args:
+        ends_step: whether the last of them has the last backward pass of the optimizer step.
+    """
+    all_of_them = list(micro_batches)
+    for number, rows in enumerate(all_of_them, 1):
+        if isinstance(model, FSDPModule):
+            model.set_requires_all_reduce(ends_step and number == len(all_of_them))
+        yield rows
 
 
 def averaged_over(parameter: nn.Parameter) -> int:

@@ -16,7 +16,7 @@ from unlearn.distributed import fail_together, rank, sum_gradients
 from unlearn.errors import UserError
 from unlearn.metrics import MetricsLog
 from unlearn.optim.build import linear_schedule
-from unlearn.trainer import train
+from unlearn.trainer import backward, train
 from unlearn.unlearning import Unlearning, build, read_lens
 from unlearn.weights import full
 
@@ -109,6 +109,27 @@ def test_two_micro_batches_on_one_rank_or_two_are_equal_to_the_bit(home: Path, m
                 assert line["loss"] == pytest.approx(other["loss"], rel=1e-6)  # a sum of float32 shares
             for name, weight in weights.items():
                 assert torch.equal(weight, other_weights[name]), (shard, name)
+
+
+def reductions(home: Path, mode: str, micro_batch: int) -> int:
+    """How often an optimizer step all-reduces gradients across the replicas."""
+    run = prepare(home, mode, shard="hybrid", shard_size=2, micro_batch=micro_batch)
+    across, honest, groups = next(run.model.parameters()).device_mesh.get_group("replicate"), dist.all_reduce, []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        groups.append(kwargs.get("group"))
+        return honest(*args, **kwargs)
+
+    dist.all_reduce = counted  # in this forked rank alone
+    backward([parameter for parameter in run.model.parameters() if parameter.requires_grad], run.objective, 1)
+    return groups.count(across)
+
+
+@pytest.mark.parametrize("mode", ["full-muon", "late-retain", "sampled-kl"])
+def test_replicas_reduce_their_gradients_once_a_step(home: Path, mode: str) -> None:
+    """However many micro-batches there are."""
+    few, many = (set(run_ranks(4, reductions, home, mode, size)) for size in (2, 1))
+    assert few == many and len(few) == 1 and 0 not in few
 
 
 def gradients_of_one_rank() -> list[Tensor | None]:

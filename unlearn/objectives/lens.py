@@ -31,7 +31,7 @@ from unlearn.lora import lora_disabled, set_dropout_rows
 from unlearn.losses import kl_divergence, l2_distance, next_token, uniform_per_token
 from unlearn.model import final_norm, residual_streams, softcap, through_head
 from unlearn.seeding import random_bits
-from unlearn.sharding import reshard
+from unlearn.sharding import all_reducing_last, reshard
 
 Measured = tuple[Tensor, dict[str, Tensor]]  # a share of a loss, [] float32, and of what is logged of it
 Reference = Callable[[], AbstractContextManager[PreTrainedModel]]  # the original model, for the length of a block
@@ -93,13 +93,14 @@ class LensObjective:
         device = self.lens.unembedding.device
         if self.forget is not None:
             metrics: dict[str, Tensor] = {}
-            for rows in self.forget.micro_batches(step, device):
+            alone = self.retain is None or retain == 0.0
+            for rows in all_reducing_last(self.model, self.forget.micro_batches(step, device), ends_step=alone):
                 _add(metrics, self._forget(self.forget, rows, step, remove))
             yield metrics | {"loss": remove * metrics["forget_loss"]}
         if self.retain is not None:
             metrics = {}
             share = self._retain_kl if self.retain_loss == "kl" else self._retain_l2
-            for rows in self.retain.micro_batches(step, device):
+            for rows in all_reducing_last(self.model, self.retain.micro_batches(step, device)):
                 _add(metrics, {"tokens": _number(rows), "retain_loss": share(self.retain.tokens(step), rows, retain)})
             yield metrics | {"loss": retain * metrics["retain_loss"]}
 

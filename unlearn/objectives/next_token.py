@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from unlearn.data import Batches
 from unlearn.losses import next_token
 from unlearn.model import final_norm, residual_streams, softcap, through_head
+from unlearn.sharding import all_reducing_last
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class NextTokenObjective:
         tokens = torch.zeros((), device=parameter.device)
         targets = self.batches.targets(step)
         final = int(self.model.config.num_hidden_layers)
-        for rows in self.batches.micro_batches(step, parameter.device):
+        for rows in all_reducing_last(self.model, self.batches.micro_batches(step, parameter.device)):
             with self.autocast():
                 stream = residual_streams(self.model, rows.input_ids, [final])[final]
                 hidden = final_norm(self.model)(rows.at_leading(stream))
