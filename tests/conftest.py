@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, below
@@ -17,6 +19,8 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerFast,
 )
 
+import train  # noqa: E402
+from unlearn.errors import run_command  # noqa: E402
 from unlearn.lens import TunedLens  # noqa: E402
 from unlearn.model import LAYOUTS, save_model  # noqa: E402
 
@@ -122,3 +126,34 @@ def token_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of tokenised corpora of this test's own."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def run_here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run a command within this process, which saves importing torch again; return its exit code."""
+
+    def run(main: Callable[[], None], *words: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
+        try:
+            run_command("command", main)
+        except SystemExit as stop:
+            return int(stop.code or 0)
+        return 0
+
+    return run
+
+
+@pytest.fixture
+def attempt(run_here: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run train.py within this process; return what it says: its error sentence, or else its output."""
+
+    def train_here(*words: object) -> str:
+        code = run_here(train.main, *words)
+        said = capsys.readouterr()
+        if code == 0:
+            return said.out + said.err
+        assert code == 2
+        (line,) = [line for line in said.err.splitlines() if "command: error: " in line]
+        return line
+
+    return train_here

@@ -17,29 +17,12 @@ from evals import tamper
 from unlearn.__main__ import main as unlearn_main
 from unlearn.checkpoint import Checkpoints, load, tensors
 from unlearn.config import TrainConfig
-from unlearn.errors import UserError, run_command
+from unlearn.errors import UserError
 from unlearn.metrics import MetricsLog
 from unlearn.preflight import check_disk, files_hash, versions
 from unlearn.stopping import StopSignals
 
 pytestmark = pytest.mark.usefixtures("token_cache")
-
-
-@pytest.fixture
-def attempt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run train.py within this process; return what it says: its error sentence, or else its output."""
-
-    def run_here(*words: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
-        try:
-            run_command("train.py", train.main)
-        except SystemExit as stop:
-            assert stop.code == 2
-            (line,) = [line for line in capsys.readouterr().err.splitlines() if "train.py: error: " in line]
-            return line
-        return "".join(capsys.readouterr())
-
-    return run_here
 
 
 @pytest.fixture

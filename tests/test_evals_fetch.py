@@ -1,7 +1,7 @@
 """`python -m evals.fetch`: what is fetched, what is checked; the hub itself is replaced by a folder."""
 
 import shutil
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ from evals_support import question, write_questions, write_stem, write_wmdp
 
 from evals import fetch as command
 from evals.task_loader import question_sources
-from unlearn.errors import run_command
 
 
 @pytest.fixture
@@ -40,21 +39,16 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list
     return asked
 
 
-def outcome(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["fetch", *map(str, arguments)])
-    try:
-        run_command("python -m evals.fetch", command.main)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
 def test_fetches_question_splits_only_and_checks_them_offline(
-    tmp_path: Path, hub: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    hub: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    run_here: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = tmp_path / "questions"
     tasks = ["--tasks", "wmdp_bio", "mmlu_stem", "wmdp_bio_cloze_verified"]
-    assert outcome(monkeypatch, "--data-dir", folder, *tasks) == 0
+    assert run_here(command.main, "--data-dir", folder, *tasks) == 0
     printed = capsys.readouterr().out
     assert "wmdp_bio: 8 questions in 1 files" in printed and "mmlu_stem: 56 questions in 19 files" in printed
     assert [name for name, _ in hub] == ["cais/wmdp", "cais/mmlu", "EleutherAI/wmdp_bio_cloze"]
@@ -62,36 +56,36 @@ def test_fetches_question_splits_only_and_checks_them_offline(
     moved = tmp_path / "moved"
     folder.rename(moved)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
-    assert outcome(monkeypatch, "--data-dir", moved, "--check", *tasks) == 0
+    assert run_here(command.main, "--data-dir", moved, "--check", *tasks) == 0
     assert "is ready for --data-dir" in capsys.readouterr().out
 
 
 def test_changed_and_missing_questions_are_found(
-    tmp_path: Path, hub: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, hub: list[Any], run_here: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "questions"
-    assert outcome(monkeypatch, "--data-dir", folder, "--tasks", "wmdp_bio") == 0
+    assert run_here(command.main, "--data-dir", folder, "--tasks", "wmdp_bio") == 0
     check = ["--data-dir", folder, "--check", "--tasks"]
     capsys.readouterr()
-    assert outcome(monkeypatch, *check, "mmlu_stem") == 2
+    assert run_here(command.main, *check, "mmlu_stem") == 2
     assert "found no such file" in capsys.readouterr().err
     write_wmdp(folder, [question(i, (i + 1) % 4, None) for i in range(8)])
-    assert outcome(monkeypatch, *check, "wmdp_bio") == 2
+    assert run_here(command.main, *check, "wmdp_bio") == 2
     assert "as it was fetched (SHA-256" in capsys.readouterr().err
     (folder / "fetched.json").unlink()
     write_wmdp(folder, [question(i, i % 4, None) for i in range(7)])
-    assert outcome(monkeypatch, *check, "wmdp_bio") == 2
+    assert run_here(command.main, *check, "wmdp_bio") == 2
     assert "expected the 8 published questions of wmdp_bio" in capsys.readouterr().err
     (folder / "fetched.json").write_text("{")
-    assert outcome(monkeypatch, *check, "wmdp_bio") == 2
+    assert run_here(command.main, *check, "wmdp_bio") == 2
     assert "expected JSON in" in capsys.readouterr().err
 
 
 def test_hub_out_of_reach_is_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, run_here: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The genuine client, offline as all tests are."""
-    assert outcome(monkeypatch, "--data-dir", tmp_path, "--tasks", "wmdp_bio") == 2
+    assert run_here(command.main, "--data-dir", tmp_path, "--tasks", "wmdp_bio") == 2
     error = capsys.readouterr().err
     assert "expected the data set cais/wmdp from the Hugging Face hub" in error and "--check" in error
     assert error.count("\n") == 1

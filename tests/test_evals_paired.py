@@ -2,7 +2,7 @@
 
 import json
 import random
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from evals import compare as command
 from evals.answers import Letters
 from evals.paired import Record, compare, read_record, table
 from evals.stats import mcnemar
-from unlearn.errors import UserError, run_command
+from unlearn.errors import UserError
 
 
 def record(right: dict[str, list[int]], groups: dict[str, list[str]] | None = None, source: str = "there") -> Record:
@@ -103,31 +103,22 @@ def test_other_questions_are_refused(change: Any, message: str) -> None:
         compare(base, new)
 
 
-def outcome(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["compare", *map(str, arguments)])
-    try:
-        run_command("python -m evals.compare", command.main)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
 def test_command_prints_and_draws(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, run_here: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
     base = write(tmp_path / "base", record({"a": [1] * 30, "b": [0, 1] * 20}, {"both": ["a", "b"]}))
     new = write(tmp_path / "new" / "model", record({"a": [0, 1] * 15, "b": [0, 1] * 20}, {"both": ["a", "b"]}))
     figure = tmp_path / "figures" / "compare.png"
-    assert outcome(monkeypatch, base, tmp_path / "new", "--figure", figure) == 0
+    assert run_here(command.main, base, tmp_path / "new", "--figure", figure) == 0
     printed = capsys.readouterr().out
     assert "-50.0" in printed and "+0.0 [-8.8, +8.8]" in printed and str(figure) in printed
     assert figure.read_bytes().startswith(b"\x89PNG")
-    assert outcome(monkeypatch, base, new, "--figure", figure) == 2, "an earlier figure is kept"
+    assert run_here(command.main, base, new, "--figure", figure) == 2, "an earlier figure is kept"
 
 
 def test_mistakes_of_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, run_here: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     good = write(tmp_path / "good", record({"task": [1] * 8}))
     (tmp_path / "interrupted" / "model").mkdir(parents=True)
@@ -147,11 +138,11 @@ def test_mistakes_of_the_command(
         (twice, "found 2: give one of them"),
         (other, "found none of task among another"),
     ]:
-        assert outcome(monkeypatch, bad, good, "--figure", tmp_path / "x.png") == 2
+        assert run_here(command.main, bad, good, "--figure", tmp_path / "x.png") == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1 and "Traceback" not in error
-    assert outcome(monkeypatch, good, good, "--figure", tmp_path / "x.gif") == 2
-    assert outcome(monkeypatch, good, good, "--margin", 0, "--figure", tmp_path / "x.png") == 2
+    assert run_here(command.main, good, good, "--figure", tmp_path / "x.gif") == 2
+    assert run_here(command.main, good, good, "--margin", 0, "--figure", tmp_path / "x.png") == 2
 
 
 def test_record_is_what_the_file_holds(tmp_path: Path) -> None:

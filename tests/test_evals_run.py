@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from evals_support import OracleModel, make_model, make_tokenizer, question, wri
 from evals import run
 from evals.evaluation import Evaluation
 from evals.output import write_result
-from unlearn.errors import UserError, run_command
+from unlearn.errors import UserError
 from unlearn.model import save_model
 
 ROOT = Path(__file__).parents[1]
@@ -34,15 +35,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(place: Path, *flags: str) -> list[str]:
     base = ["--model", str(place / "model"), "--tasks", "wmdp_bio", "--data-dir", str(place / "data")]
     return [*base, "--dtype", "fp32", *flags]
-
-
-def outcome(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> int:
-    monkeypatch.setattr(sys, "argv", ["evals/run.py", *arguments])
-    try:
-        run_command("evals/run.py", run.main)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 def test_torchrun_from_elsewhere_writes_what_one_process_finds(place: Path, tmp_path: Path) -> None:
@@ -141,23 +133,27 @@ def test_failed_write_leaves_nothing(place: Path, tmp_path: Path, monkeypatch: p
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_code_2(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+    place: Path, run_here: Callable[..., int], capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
     arguments = command(place, *[flag.replace("{place}", str(place)) for flag in flags])
-    assert outcome(monkeypatch, arguments) == 2
+    assert run_here(run.main, *arguments) == 2
     printed = capsys.readouterr()
     text = " ".join((printed.err + printed.out).replace("│", " ").split())
     assert message in text and "Traceback" not in text
 
 
 def test_existing_results_are_found_before_the_model_is_loaded(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run_here: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments = command(place, "--out", str(tmp_path / "out"), "--limit", "2")
-    assert outcome(monkeypatch, arguments) == 0
+    assert run_here(run.main, *arguments) == 0
     assert "Results in" in capsys.readouterr().out
     monkeypatch.setattr("unlearn.model.load_model", None)
-    assert outcome(monkeypatch, arguments) == 2
+    assert run_here(run.main, *arguments) == 2
     assert "expected no results in" in capsys.readouterr().err
 
 
@@ -168,14 +164,14 @@ def written(folder: Path) -> dict[str, Any]:
 
 
 def test_verdict_and_comparison_are_printed_and_written(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: Path, tmp_path: Path, run_here: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert outcome(monkeypatch, command(place, "--out", str(tmp_path / "base"))) == 0
+    assert run_here(run.main, *command(place, "--out", str(tmp_path / "base"))) == 0
     assert not list((tmp_path / "base").rglob("samples_*")), "samples on request only"
     flags = ["--out", str(tmp_path / "new"), "--baseline", str(tmp_path / "base"), "--samples", "--margin", "0.02"]
     targets = ["--target", "wmdp_bio<=0.95", "--target", "wmdp_bio>=0.01"]
     capsys.readouterr()
-    assert outcome(monkeypatch, command(place, *flags, *targets)) == 0
+    assert run_here(run.main, *command(place, *flags, *targets)) == 0
     printed = capsys.readouterr().out
     own = written(tmp_path / "new")["unlearn"]
     assert len(own["verdict"]["targets"]) == 2 and own["verdict"]["words"] in printed
@@ -188,7 +184,7 @@ def test_verdict_and_comparison_are_printed_and_written(
 
 
 def test_model_that_always_says_c_is_called_collapsed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, run_here: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The whole way: a checkpoint whose unembedding favours one letter, through the command."""
     tokenizer, model = make_tokenizer(), make_model("llama")
@@ -207,16 +203,20 @@ def test_model_that_always_says_c_is_called_collapsed(
     save_model(model, tokenizer, tmp_path / "model")
     write_wmdp(tmp_path / "data", [question(i, i % 4, None) for i in range(80)])
     arguments = ["--model", str(tmp_path / "model"), "--tasks", "wmdp_bio", "--data-dir", str(tmp_path / "data")]
-    assert outcome(monkeypatch, [*arguments, "--dtype", "fp32", "--target", "wmdp_bio<=0.25"]) == 0
+    assert run_here(run.main, *arguments, "--dtype", "fp32", "--target", "wmdp_bio<=0.25") == 0
     printed = capsys.readouterr().out
     assert "verdict: met only by collapse by point estimate; met only by collapse by 95 % interval" in printed
     assert "100% of all answers are C" in printed
 
 
 def test_changed_questions_are_found_before_the_model_is_loaded(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run_here: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert outcome(monkeypatch, command(place, "--out", str(tmp_path / "base"))) == 0
+    assert run_here(run.main, *command(place, "--out", str(tmp_path / "base"))) == 0
     write_wmdp(tmp_path / "data", [question(i, (i + (i == 4)) % 4, None) for i in range(10)])
     monkeypatch.setattr("unlearn.model.load_model", None)
     capsys.readouterr()
@@ -227,7 +227,7 @@ def test_changed_questions_are_found_before_the_model_is_loaded(
         (["--permute-choices"], "found 40 here and 10 there"),
         (["--target", "mmlu>=0.3"], "found 'mmlu': add it to --tasks"),
     ]:
-        assert outcome(monkeypatch, command(place, *flags, *baseline)) == 2
+        assert run_here(run.main, *command(place, *flags, *baseline)) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("error:") == 1 and "Traceback" not in error
 

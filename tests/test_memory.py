@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.measure import peak_bytes
 from unlearn.building import lens_objective, original_model, trained_model
 from unlearn.config import TrainConfig
 from unlearn.errors import UserError
@@ -74,7 +74,8 @@ def test_formula_is_within_a_tenth_of_the_simulation(folder: str, mode: str) -> 
 def allocated(config: TrainConfig) -> int:
     """Peak bytes that a real allocator gave out over the same steps, in one process."""
     device = torch.device("cpu")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+
+    def steps() -> None:
         model, original, lens = trained_model(config, None), original_model(config, None), blank_lens(config, device)
         materialise(model, device)
         if original is not None:
@@ -86,12 +87,8 @@ def allocated(config: TrainConfig) -> int:
             parameter.data.normal_(std=0.02)
         backward(parameters, objective, 1)
         del moments
-    live = peak = 0
-    for event in sorted(trace.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
+
+    return peak_bytes(steps)
 
 
 @pytest.mark.parametrize("flags", [{}, {"lora_rank": 8, "lora_dropout": 0.0}])
