@@ -98,6 +98,31 @@ def test_ranks_shards_and_accumulation_change_nothing(home: Path, mode: str) -> 
             assert all(torch.equal(other_weights[name], weight) for name, weight in first.items()), "ranks differ"
 
 
+def gradients_of(home: Path, mode: str, flags: dict[str, Any]) -> list[dict[str, Tensor]]:
+    """Those of a full global batch and of the short one, both of the original weights."""
+    run = prepare(home, mode, **flags)
+    trained = {name: parameter for name, parameter in run.model.named_parameters() if parameter.requires_grad}
+    found = []
+    for step in (1, 2):
+        backward(list(trained.values()), run.objective, step)
+        found.append({name: full(parameter.grad).clone() for name, parameter in trained.items()})
+        for parameter in trained.values():
+            parameter.grad = None
+    return found
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_ranks_shards_and_accumulation_change_no_gradient(home: Path, mode: str) -> None:
+    """But for the order of float32 sums."""
+    expected = gradients_of(home, mode, {"micro_batch": 8})
+    for world_size, flags in VARIANTS:
+        for found in run_ranks(world_size, gradients_of, home, mode, flags):
+            for step, other in zip(expected, found, strict=True):
+                for name, gradient in step.items():
+                    difference = (other[name] - gradient).norm()
+                    assert difference <= 1e-5 * gradient.norm() + 1e-9, (world_size, flags, name)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_two_micro_batches_on_one_rank_or_two_are_equal_to_the_bit(home: Path, mode: str) -> None:
     """Full global batches of two micro-batches a term: replicated on one rank; replicated and sharded on two."""
