@@ -58,13 +58,14 @@ def test_three_and_four_ranks_with_a_short_batch(home: Path, data: Path, tmp_pat
     """14 windows in batches of 4; sums in another order: log-likelihoods within rounding."""
     more = ("--lora-rank", 0, 2, "--examples", 14, "--lr", "1e-3", "--eval-every", 4)
     (one,) = run_ranks(1, attack, home, data, tmp_path / "one", *more)
-    for ranks, shard in ((3, "full"), (4, "replicate")):
-        others = run_ranks(ranks, attack, home, data, tmp_path / str(ranks), *more, "--shard", shard)
+    for ranks, layout in ((3, "full"), (4, "replicate"), (4, "hybrid --shard-size 2")):
+        place = f"{ranks} {layout}"
+        others = run_ranks(ranks, attack, home, data, tmp_path / place, *more, "--shard", *layout.split())
         for subject, of_one in one["subjects"].items():
             for name in of_one["attacks"]:
                 expected, found = (
-                    json.loads((tmp_path / place / "attacks" / subject / name / "curve.json").read_text())["points"]
-                    for place in ("one", str(ranks))
+                    json.loads((tmp_path / folder / "attacks" / subject / name / "curve.json").read_text())["points"]
+                    for folder in ("one", place)
                 )
                 for point, other in zip(expected, found, strict=True):
                     assert (point["step"], point["tokens"]) == (other["step"], other["tokens"])
