@@ -219,6 +219,8 @@ def disturb(job: Forked | Launched, case: Case, place: Path, seconds: float) -> 
     least = 1 if case.fault == "stop" else 0  # ranks wait half an hour for each other before the first step
 
     def now() -> bool:
+        if case.fault == "node" and not run.exists():  # before they have met, the other one waits for it for minutes
+            return False
         if case.moment == "any":
             return time.monotonic() - started >= case.share * seconds and _steps(run) >= least
         after = _steps(run) >= max(least, int(case.share * STEPS))
