@@ -8,6 +8,7 @@ as a share of its dense bf16 peak (H100/H200/GH200: 989 TFLOP/s), and the last r
 """
 
 import argparse
+import gc
 import json
 import statistics
 import tempfile
@@ -122,9 +123,7 @@ def measure(config: TrainConfig, device: torch.device, steps: int) -> str:
     """One line of the table: a warm-up step, then the median of `steps`."""
     shape = Shape.of(empty_model(config.model))
     planned = peak_gib(config, shape, Layout(world_size(), world_size() if config.shard == "full" else 1))
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    _clear(device)
     run, times = Run(config, device), []
     for _ in range(steps + 1):
         _wait(device)
@@ -144,12 +143,21 @@ def measure(config: TrainConfig, device: torch.device, steps: int) -> str:
 
 def profile_step(config: TrainConfig, device: torch.device) -> None:
     """Print the operations that take the GPU's time in one step."""
+    _clear(device)
     run = Run(config, device)
     run.step()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
         run.step()
         _wait(device)
     print(trace.key_averages().table(sort_by="self_cuda_time_total", row_limit=20, max_name_column_width=60))
+
+
+def _clear(device: torch.device) -> None:
+    """Give back what the run before left: a sharded model is held by cycles of references."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _wait(device: torch.device) -> None:

@@ -4,7 +4,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, below
@@ -56,6 +56,19 @@ def tiny_model(kind: str = "gpt_neox", seed: int = 0, depth: int = DEPTH, **over
     return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**(sizes | overrides))).eval()
 
 
+def hide_gpus(patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("CUDA_VISIBLE_DEVICES", "")
+    patch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hidden_gpus() -> Iterator[pytest.MonkeyPatch]:
+    """Ranks are forked from the tests' process and speak gloo: only tests marked gpu, which undo this, see a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        hide_gpus(patch)
+        yield patch
+
+
 @pytest.fixture(params=sorted(LAYOUTS))
 def any_model(request: pytest.FixtureRequest) -> PreTrainedModel:
     """One tiny model of every architecture of the table."""
@@ -98,9 +111,9 @@ def home(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenize
     return write_home(tmp_path_factory.mktemp("home"), tokenizer)
 
 
-def write_home(root: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+def write_home(root: Path, tokenizer: PreTrainedTokenizerFast, kind: str = "gpt_neox") -> Path:
     """Fill a folder with what `home` says."""
-    model = tiny_model()
+    model = tiny_model(kind)
     model.config.name_or_path = str(root / "model")
     save_model(model, tokenizer, root / "model")
     random_lens(model).save(root / "lens")

@@ -59,6 +59,7 @@ def process_group() -> Iterator[torch.device]:
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        _repeatable()
     outermost = not dist.is_initialized()
     if outermost and "RANK" in os.environ:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -77,6 +78,16 @@ def process_group() -> Iterator[torch.device]:
         alone = isinstance(sys.exception(), Exception) and not isinstance(sys.exception(), UserError)
         if outermost and dist.is_initialized() and not (alone and world_size() > 1):
             dist.destroy_process_group()
+
+
+def _repeatable() -> None:
+    """The same bits from the same run on a GPU: no kernel that adds in the order of arrival, and float32 where it says
+    so (https://docs.pytorch.org/docs/stable/notes/randomness.html)."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # finds bugs, not bits
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def _loopback_store() -> dict[str, Any]:

@@ -94,7 +94,7 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, *, compute: torch.dtype, off
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     if masters == {compute} == {torch.float32}:
         policy = MixedPrecisionPolicy()
-    offloading = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
+    offloading = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     wrap = partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offloading)
     for block in blocks(model):
         wrap(block)
@@ -103,7 +103,7 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, *, compute: torch.dtype, off
         wrap(embedding)
         wrap(head)
     wrap(final_norm(model))
-    wrap(model)
+    wrap(model, reshard_after_forward=True)  # what is left to the root too, so that `reshard` may free it
 
 
 def is_sharded(model: nn.Module) -> bool:

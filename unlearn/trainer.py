@@ -88,6 +88,10 @@ def train(
             for optimizer in optimizers.values():
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+            if norm.device.type == "cuda":
+                # FSDP2's streams wait for the optimizer in a root's forward pass that follows a backward pass, and
+                # the next one may follow one without gradients, which was ended early.
+                torch.cuda.synchronize(norm.device)
             if step % log_every == 0 or step == steps - 1:
                 line = {"step": step} | summed(metrics, norm.device) | dict(objective.settings(step))
                 line["gradient_norm"] = norm.item()

@@ -177,13 +177,15 @@ def fill(
     if part is None:
         model.tie_weights()
     wanted = {id(parameter) for parameter in target.parameters()}
-    missing = []
+    tied, missing = _tied_to(model), []
     for name, parameter in model.named_parameters():
         if id(parameter) not in wanted:
             continue
         local, first = local_rows(parameter)
         plain = name.replace(".base.", ".")  # without the layer that an adapter puts around a linear one
         key, value = checkpoint.key(plain, model.config), initial(name)
+        if key is None and plain in tied:
+            key = checkpoint.key(tied[plain], model.config)
         if value is not None:
             local.copy_(value[first : first + local.shape[0]])
         elif key is not None:
@@ -201,6 +203,14 @@ def fill(
             f"expected every tensor of the model in {checkpoint.path}; found {len(missing)} missing "
             f"({', '.join(missing[:3])}): the files are incomplete or not of this model, fetch them again"
         )
+
+
+def _tied_to(model: PreTrainedModel) -> dict[str, str]:
+    """{the unembedding's name: the embedding's} in a model that ties them: its files have one of the two."""
+    if not model.config.tie_word_embeddings:
+        return {}
+    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+    return {names[id(model.get_output_embeddings())]: names[id(model.get_input_embeddings())]}
 
 
 def _finite(tensor: Tensor) -> bool:

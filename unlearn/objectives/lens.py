@@ -157,9 +157,11 @@ class LensObjective:
         with torch.set_grad_enabled(coefficient > 0.0), self.autocast():
             hidden = final_norm(self.model)(rows.at_real(residual_streams(self.model, rows.input_ids, [final])[final]))
             total = self._divergence(hidden, original, kept, tokens)
-        reshard(original)
         if coefficient > 0.0:
             (coefficient * total).backward()
+        else:
+            reshard(self.model)
+        reshard(original)
         return total.detach()
 
     def _retain_l2(self, tokens: int, rows: Rows, coefficient: float) -> Tensor:
@@ -176,7 +178,10 @@ class LensObjective:
             distances = l2_distance(rows.at_real(stream), rows.at_real(kept.pop(layer)))
             return distances.sum() / (tokens * len(layers)), {}
 
-        return backward_through(streams, loss, coefficient)[0]
+        total, _ = backward_through(streams, loss, coefficient)
+        if coefficient == 0.0:
+            reshard(self.model)
+        return total
 
     def _divergence(self, hidden: Tensor, original: PreTrainedModel, kept_hidden: Tensor, tokens: int) -> Tensor:
         """Sum of KL(original || model) over some tokens' normalised hidden states [N, D], over `tokens`."""
@@ -246,7 +251,7 @@ def _joined(own: Callable[[], Tensor | None], above: Tensor) -> Tensor | None:
 
 
 def _number(rows: Rows) -> Tensor:
-    return torch.tensor(rows.tokens, device=rows.input_ids.device)
+    return torch.full((), rows.tokens, device=rows.input_ids.device)
 
 
 def _add(metrics: dict[str, Tensor], statistics: Mapping[str, Tensor]) -> None:
