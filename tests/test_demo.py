@@ -119,7 +119,8 @@ def test_demo_unlearns_and_keeps(one_rank: dict[str, Any]) -> None:
     assert one_rank["details"]["after"]["wmdp_bio"]["debiased"] <= 0.40
     assert {one["target"] for one in one_rank["verdict"]["targets"]} == set(TARGETS)
     assert one_rank["against_before"]["wmdp_bio"]["p"] < 1e-6
-    assert one_rank["verdict"]["words"] in one_rank["printed"]
+    words, printed = (" ".join(text.split()) for text in (one_rank["verdict"]["words"], one_rank["printed"]))
+    assert words in printed  # in lines of another length
     assert attacked["hazard_letter"] > after["hazard_letter"]
 
 
