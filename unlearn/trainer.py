@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from typing import Protocol
@@ -85,13 +85,7 @@ def train(
             norm = check_gradients(parameters, metrics, step)
             clip_gradients(parameters, clip, norm)
             set_learning_rates(list(optimizers.values()), schedule(step))
-            for optimizer in optimizers.values():
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            if norm.device.type == "cuda":
-                # FSDP2's streams wait for the optimizer in a root's forward pass that follows a backward pass, and
-                # the next one may follow one without gradients, which was ended early.
-                torch.cuda.synchronize(norm.device)
+            _update(optimizers.values(), norm.device)
             if step % log_every == 0 or step == steps - 1:
                 line = {"step": step} | summed(metrics, norm.device) | dict(objective.settings(step))
                 line["gradient_norm"] = norm.item()
@@ -104,6 +98,19 @@ def train(
             if checkpoints is not None:
                 checkpoints.after(step + 1)
     model.eval()
+
+
+def _update(optimizers: Iterable[Optimizer], device: torch.device) -> None:
+    """Step every optimizer, on a GPU to its end.
+
+    FSDP2's streams wait for an optimizer only in the first forward pass after a backward pass; the step may have ended
+    in one without gradients, which was left early.
+    """
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def backward(parameters: Sequence[nn.Parameter], objective: Objective, step: int) -> dict[str, Tensor]:
