@@ -19,34 +19,38 @@ from torch import Tensor
 CHUNK = 512  # tokens; 512 x 50,304 float32 logits are 0.1 GiB
 
 
-def logits_of(hidden: Tensor, unembedding: Tensor, softcap: float | None = None) -> Tensor:
-    """Float32 logits [N, V] of hidden states [N, D]; the product runs in the unembedding's dtype."""
-    logits = (hidden.to(unembedding.dtype) @ unembedding.T).float()
+def logits_of(
+    hidden: Tensor, unembedding: Tensor, softcap: float | None = None, *, out: Tensor | None = None
+) -> Tensor:
+    """Float32 logits [N, V] of hidden states [N, D]; the product runs in the unembedding's dtype, into `out` if given."""
+    logits = torch.matmul(hidden.to(unembedding.dtype), unembedding.T, out=out).float()
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _uniform_chunk(hidden: Tensor, unembedding: Tensor, mean_row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(logsumexp - mean [n], entropy [n], gradient of the former [n, D]) of one chunk, with one [n, V] buffer.
+def _uniform_chunk(
+    hidden: Tensor, unembedding: Tensor, mean_row: Tensor, buffer: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logsumexp - mean [n], entropy [n], gradient of the former [n, D]) of one chunk, in the buffer [n, V].
 
     Both remaining sums over V are products with U: mean_v z = h . mean_v U_v, and sum_v p_v z_v = h . (p U), where
     p U is needed for the gradient, p U - mean_v U_v, anyway.
     """
-    logits = logits_of(hidden, unembedding)
+    logits = logits_of(hidden, unembedding, out=buffer)
     largest = logits.amax(dim=-1, keepdim=True)
     probabilities = logits.sub_(largest).exp_()
     total = probabilities.sum(dim=-1, keepdim=True)
     log_normaliser = (largest + total.log()).squeeze(-1)
-    expected_row = (probabilities.to(unembedding.dtype) @ unembedding).float() / total
+    expected_row = (buffer.copy_(probabilities) @ unembedding).float() / total  # in float32 they are the buffer
     exact = hidden.float()
     entropy = log_normaliser - torch.linalg.vecdot(exact, expected_row)
     return log_normaliser - exact @ mean_row, entropy, expected_row - mean_row
 
 
 def _uniform_chunk_capped(
-    hidden: Tensor, unembedding: Tensor, mean_row: Tensor, *, softcap: float
+    hidden: Tensor, unembedding: Tensor, mean_row: Tensor, buffer: Tensor, *, softcap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same for soft-capped logits, whose mean is no product with U."""
-    logits = logits_of(hidden, unembedding, softcap)
+    logits = logits_of(hidden, unembedding, softcap, out=buffer)
     log_normaliser, probabilities = torch.logsumexp(logits, dim=-1), torch.softmax(logits, dim=-1)
     entropy = log_normaliser - torch.linalg.vecdot(probabilities, logits)
     slope = (probabilities - 1.0 / logits.shape[-1]) * (1.0 - (logits / softcap).square())
@@ -65,10 +69,13 @@ class _Uniform(torch.autograd.Function):
         loss = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         entropy = torch.empty_like(loss)
         gradient = torch.empty_like(hidden) if hidden.requires_grad else None
+        one_chunk = _uniform_chunk if softcap is None else partial(_uniform_chunk_capped, softcap=softcap)
+        # One buffer for all chunks: on a CPU, fresh memory costs as much as a pass over it.
+        buffer = unembedding.new_empty(min(chunk, hidden.shape[0]), unembedding.shape[0])
         for start in range(0, hidden.shape[0], chunk):
-            part = slice(start, start + chunk)
-            one_chunk = _uniform_chunk if softcap is None else partial(_uniform_chunk_capped, softcap=softcap)
-            loss[part], entropy[part], slope = one_chunk(hidden[part], unembedding, mean_row)
+            tokens = hidden[start : start + chunk]
+            part = slice(start, start + tokens.shape[0])
+            loss[part], entropy[part], slope = one_chunk(tokens, unembedding, mean_row, buffer[: tokens.shape[0]])
             loss[part] *= scale
             if gradient is not None:
                 gradient[part] = slope * scale
