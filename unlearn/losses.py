@@ -22,7 +22,7 @@ CHUNK = 512  # tokens; 512 x 50,304 float32 logits are 0.1 GiB
 def logits_of(
     hidden: Tensor, unembedding: Tensor, softcap: float | None = None, *, out: Tensor | None = None
 ) -> Tensor:
-    """Float32 logits [N, V] of hidden states [N, D]; the product runs in the unembedding's dtype, into `out` if given."""
+    """Float32 logits [N, V] of hidden states [N, D]; the product is in the unembedding's dtype, into `out` if given."""
     logits = torch.matmul(hidden.to(unembedding.dtype), unembedding.T, out=out).float()
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 

@@ -93,14 +93,14 @@ def _world() -> Any:
 
 def assign(costs: Mapping[str, float], ranks: int) -> dict[str, int]:
     """Give each matrix an owner: the dearest first, to the rank with the least work (longest processing time, Graham
-    1969); of equal costs the lesser name first, of equally busy ranks the lesser rank. The same on every rank.
+    1969); of equal costs the one that is given first, of equally busy ranks the lesser rank.
 
     Returns:
         {name: owner}, dearest first.
     """
     busy = [(0.0, index) for index in range(ranks)]
     owners: dict[str, int] = {}
-    for name in sorted(costs, key=lambda name: (-costs[name], name)):
+    for name in sorted(costs, key=lambda name: -costs[name]):
         load, owner = heapq.heappop(busy)
         owners[name] = owner
         heapq.heappush(busy, (load + costs[name], owner))

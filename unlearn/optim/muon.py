@@ -37,7 +37,7 @@ class Muon(torch.optim.Optimizer):
        brings the rows of the updates back. Each way a rank sends 2 P / W (S - 1) / S bytes on average. With R > 1
        each replica then passes its updates' shards on to the other R - 1, by broadcast, a shard at a time.
     4. While one round is orthogonalised the next is on its way to its owners and the one before on its way back.
-       Peak memory above weights, gradients and momenta: about six times the largest matrix in bfloat16 if R = 1, and
+       Peak memory above weights, gradients and momenta: about five times the largest matrix in bfloat16 if R = 1, and
        R times more otherwise, for what the other replicas send.
 
     Matrices that are whole on every rank (S = 1, R = W) need no way to their owner, only the broadcast back. Small

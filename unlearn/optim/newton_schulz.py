@@ -56,6 +56,7 @@ def orthogonalize(
     *,
     dtype: torch.dtype = torch.bfloat16,
     symmetric: bool = False,
+    overwrite: bool = False,
 ) -> Tensor:
     """The nearest (semi-)orthogonal matrix to each `matrix`, approximately.
 
@@ -67,10 +68,11 @@ def orthogonalize(
         symmetric: compute only the upper block triangle of products that are symmetric, and mirror it: 0.625 of their
             multiplications in smaller products. It pays where those still fill the device: not on a CPU with bfloat16
             matrix units (AMX: 0.85 of the product's time at s = 1024, above 1 at s = 512), hence not the default.
+        overwrite: the iteration may use the memory of `matrix`, whose numbers are then lost.
 
     Returns:
         [m, n] or [batch, m, n] in `dtype`, with singular values near 1. Tall matrices may come back as a transposed
-        view. A batch gives each matrix what it gets alone, up to the rounding of batched products.
+        view, except from `gram`. A batch gives each matrix what it gets alone, up to the rounding of batched products.
 
     Raises:
         ValueError: an unknown method, fewer than one step, or another number of dimensions.
@@ -81,13 +83,19 @@ def orthogonalize(
             f"{matrix.ndim}"
         )
     tall = matrix.shape[-2] > matrix.shape[-1]
+    in_gram_form = method == "gram" and max(matrix.shape[-2:]) >= GRAM_ASPECT * min(matrix.shape[-2:])
     as_torch = method == "quintic" and dtype == torch.bfloat16
-    x = _normalized_as_torch(matrix, tall) if as_torch else _normalized(matrix, tall, dtype)
-    del matrix  # where the caller keeps no reference, its memory serves the iteration
-    if method == "gram" and x.shape[-1] >= GRAM_ASPECT * x.shape[-2]:
-        x = _iterate_gram(x, segments(steps, dtype), symmetric)
+    if as_torch:
+        x = _normalized_as_torch(matrix, tall, overwrite)
     else:
-        x = _iterate(x, coefficients(method, steps), symmetric)
+        x = _normalized(matrix, tall and not in_gram_form, dtype, overwrite)
+    del matrix  # as below: where no reference is left, its memory serves the iteration
+    if in_gram_form:
+        for part in segments(steps, dtype):
+            x = _gram_part(x, part, tall, symmetric)
+        return x
+    for iteration in coefficients(method, steps):
+        x = _step(x, iteration, symmetric)
     return x.mT if tall else x
 
 
@@ -121,53 +129,50 @@ def flops(
     return sum(4 * s * s * long + (8 * length - 6) * s**3 for length in lengths)
 
 
-def _normalized_as_torch(matrix: Tensor, tall: bool) -> Tensor:
-    """Wide view of a copy with Frobenius norm at most 1, with torch's operations: the transpose stays a view, whose
-    products may have other bits than those of a copy; the norm is rounded to bfloat16 and bounded by 1e-7."""
+def _normalized_as_torch(matrix: Tensor, tall: bool, overwrite: bool) -> Tensor:
+    """Wide view with Frobenius norm at most 1, with torch's operations: the transpose stays a view, whose products may
+    have other bits than those of a copy; the norm is rounded to bfloat16 and bounded by 1e-7."""
     x = (matrix.mT if tall else matrix).to(torch.bfloat16)
-    return x.div(x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7))
+    norm = x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    return x.div_(norm) if overwrite else x.div(norm)
 
 
-def _normalized(matrix: Tensor, tall: bool, dtype: torch.dtype) -> Tensor:
-    """Wide, contiguous copy with Frobenius norm 1, however small the matrix is."""
+def _normalized(matrix: Tensor, tall: bool, dtype: torch.dtype, overwrite: bool) -> Tensor:
+    """Contiguous, with Frobenius norm 1, however small the matrix is; transposed if it is tall."""
     wider = torch.float32 if matrix.dtype == torch.float16 else None  # whose squares overflow from 256 on
     norm = torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True, dtype=wider).clamp(min=TINY)
     if tall:
-        x = matrix.mT.clone(memory_format=torch.contiguous_format).div_(norm)
-    else:
-        x = matrix.contiguous().div(norm)
-    return x.to(dtype)
+        return matrix.mT.clone(memory_format=torch.contiguous_format).div_(norm).to(dtype)
+    x = matrix.contiguous()
+    return (x.div_(norm) if overwrite else x.div(norm)).to(dtype)
 
 
-def _iterate(x: Tensor, table: Sequence[Coefficients], symmetric: bool) -> Tensor:
-    """X <- a X + (b G + c G^2) X with G = X X^T."""
-    for a, b, c in table:
-        gram = _product(x, x.mT, symmetric=symmetric)
-        gram = _product(gram, gram, add=gram, beta=b, alpha=c, symmetric=symmetric)
-        x = _product(gram, x, add=x, beta=a)
-    return x
+def _step(x: Tensor, iteration: Coefficients, symmetric: bool) -> Tensor:
+    """a X + (b G + c G^2) X with G = X X^T."""
+    a, b, c = iteration
+    gram = _product(x, x.mT, symmetric=symmetric)
+    gram = _product(gram, gram, add=gram, beta=b, alpha=c, symmetric=symmetric)
+    return _product(gram, x, add=x, beta=a)
 
 
-def _iterate_gram(x: Tensor, parts: Sequence[Sequence[Coefficients]], symmetric: bool) -> Tensor:
-    """The same on R = X X^T: with Z = b R + c R^2, Q <- Q (a I + Z) and R <- (a I + Z) R (a I + Z); X <- Q X at the end
-    of each part."""
-    for part in parts:
-        r = _product(x, x.mT, symmetric=symmetric)
-        q = None
-        for index, (a, b, c) in enumerate(part):
-            z = _product(r, r, add=r, beta=b, alpha=c, symmetric=symmetric)
-            if index + 1 < len(part):
-                r = _product(r, z, add=r, beta=a, symmetric=symmetric)
-                r = _product(z, r, add=r, beta=a, symmetric=symmetric)
-            if q is None:
-                z.diagonal(dim1=-2, dim2=-1).add_(a)
-                q = z
-            else:
-                q = _product(q, z, add=q, beta=a, symmetric=symmetric)
-        assert q is not None
-        del r, z
-        x = q @ x
-    return x
+def _gram_part(x: Tensor, part: Sequence[Coefficients], tall: bool, symmetric: bool) -> Tensor:
+    """Several steps at once, on R = X X^T: with Z = b R + c R^2, Q <- Q (a I + Z) and R <- (a I + Z) R (a I + Z), last
+    Q X. A tall X has R = X^T X and becomes X Q: it is never transposed."""
+    r = _product(x.mT, x, symmetric=symmetric) if tall else _product(x, x.mT, symmetric=symmetric)
+    q = None
+    for index, (a, b, c) in enumerate(part):
+        z = _product(r, r, add=r, beta=b, alpha=c, symmetric=symmetric)
+        if index + 1 < len(part):
+            r = _product(r, z, add=r, beta=a, symmetric=symmetric)
+            r = _product(z, r, add=r, beta=a, symmetric=symmetric)
+        if q is None:
+            z.diagonal(dim1=-2, dim2=-1).add_(a)
+            q = z
+        else:
+            q = _product(q, z, add=q, beta=a, symmetric=symmetric)
+    assert q is not None
+    del r, z
+    return x @ q if tall else q @ x
 
 
 def _product(

@@ -18,11 +18,12 @@ Place = tuple[int, int]  # (replica, shard)
 def plan(matrices: Sequence[Matrix], ranks: int) -> list[tuple[Layout, dict[Place, Matrix]]]:
     """Rounds of at most one matrix for each rank: what `run_round` takes, the same on every rank.
 
-    Owners are found over all matrices at once, whatever their layouts. A round has matrices of one layout, and of one
+    Owners are found over all matrices at once, whatever their layouts, and shape by shape: a tall matrix and its
+    transpose take the same operations, but not quite the same time. A round has matrices of one layout, and of one
     size as far as there are. Rounds of small matrices come between those of large ones: three are in flight at once,
     and their memory adds up.
     """
-    named = {matrix.name: matrix for matrix in matrices}
+    named = {matrix.name: matrix for matrix in sorted(matrices, key=lambda matrix: (matrix.shape, matrix.name))}
     queues: dict[Layout, dict[int, list[Matrix]]] = {}
     for name, owner in assign({name: matrix.cost for name, matrix in named.items()}, ranks).items():
         queues.setdefault(named[name].layout, {}).setdefault(owner, []).append(named[name])
@@ -94,6 +95,7 @@ def _exchange(sent: Tensor, sizes: list[int], received: list[int], group: Any) -
     work = dist.all_to_all_single(buffer, sent, received, sizes, group=group, async_op=True)
     yield
     work.wait()
+    sent.untyped_storage().resize_(0)  # gloo's threads may keep the tensors of a collective until their next one
     return buffer
 
 
@@ -103,7 +105,7 @@ def _orthogonalize(own: Matrix | None, whole: Tensor) -> Tensor:
         return whole
     pieces = [own.split(whole)]
     del whole  # and popped below: no reference is left here, and its memory serves the iteration
-    return own.join(orthogonalize(pieces.pop(), own.settings["method"], own.settings["steps"]))
+    return own.join(orthogonalize(pieces.pop(), own.settings["method"], own.settings["steps"], overwrite=True))
 
 
 def _broadcasts(layout: Layout, owned: Mapping[Place, Matrix], mine: Tensor) -> list[tuple[Any, list[Matrix], Tensor]]:
