@@ -1,13 +1,18 @@
-"""Ctrl-C ends a command with one sentence, whatever the libraries under it make of the interrupt."""
+"""Ctrl-C and exhausted memory end a command with one sentence, whatever the libraries under it make of them."""
 
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+from unlearn.distributed import process_group
+from unlearn.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 ARRIVES = "time.sleep(30)"
@@ -61,6 +66,21 @@ def test_an_interrupt_ends_the_command(body: str) -> None:
 def test_a_background_job_goes_on() -> None:
     """A shell starts its background jobs with SIGINT ignored: the terminal's Ctrl-C is not meant for them."""
     assert pressed("time.sleep(1)", signal.SIG_IGN) == (0, "went on\n", "")
+
+
+def all_memory() -> None:
+    torch.empty(1 << 50)
+
+
+def all_memory_of_a_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore about it")
+
+
+@pytest.mark.parametrize("use", [all_memory, all_memory_of_a_gpu])
+def test_memory_that_runs_out_is_a_sentence(use: Callable[[], None]) -> None:
+    with pytest.raises(UserError, match="smaller --micro-batch") as caught, process_group():
+        use()
+    assert "\n" not in str(caught.value) and "allocate" in str(caught.value)
 
 
 def test_another_error_keeps_its_traceback() -> None:

@@ -15,13 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from unlearn.errors import UserError
+from unlearn.errors import OutOfMemory, UserError
 
 # A stopped rank makes the others fail after this, instead of hanging for ever: up to the end of the first step, which
 # includes loading and compiling, and from then on.
 TIMEOUT, STEP_TIMEOUT = timedelta(minutes=30), timedelta(minutes=10)
 # What gloo says on a rank where another one has died, or has not answered in time.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+FULL = ("CUDA out of memory", "can't allocate memory")  # what torch says where memory has run out
 LOOPBACK = "127.0.0.1"
 
 Value = TypeVar("Value")
@@ -68,6 +69,11 @@ def process_group() -> Iterator[torch.device]:
     try:
         yield device
     except RuntimeError as error:
+        if any(word in str(error) for word in FULL):
+            raise OutOfMemory(
+                f"expected enough memory for this run; found none left ({str(error).splitlines()[0]}): choose a "
+                "smaller --micro-batch or --batch-tokens, or more GPUs"
+            ) from error
         if not any(word in str(error) for word in LOST):
             raise
         raise UserError(
@@ -75,7 +81,8 @@ def process_group() -> Iterator[torch.device]:
             f"({str(error).splitlines()[0]!r}): see what it said, and start the same command again"
         ) from error
     finally:
-        alone = isinstance(sys.exception(), Exception) and not isinstance(sys.exception(), UserError)
+        failed = sys.exception()
+        alone = isinstance(failed, OutOfMemory) or (isinstance(failed, Exception) and not isinstance(failed, UserError))
         if outermost and dist.is_initialized() and not (alone and world_size() > 1):
             dist.destroy_process_group()
 

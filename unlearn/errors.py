@@ -20,6 +20,10 @@ class NotFinite(UserError):
     """Training or a trained model came to NaN or infinity: it diverged. Raised on every rank."""
 
 
+class OutOfMemory(UserError):
+    """This rank's memory has run out, perhaps no other's."""
+
+
 def run_command(name: str, command: Callable[[], None]) -> None:
     """Run a command-line `command`; turn a `UserError` into one sentence on stderr and exit code 2.
 
