@@ -192,6 +192,24 @@ def test_letter_questions_begin_with_few_facts_and_end_with_all(facts: list[Fact
     assert {fact.domain for fact in objective.active_facts(recipe.letters_from)} == {"hazard", "general"}
 
 
+def test_a_model_that_never_sees_the_hazard_domain(facts: list[Fact], tmp_path: Path) -> None:
+    """No token of its training names anything of that domain, and its held-out questions are those of the world."""
+    tokenizer = train_tokenizer()
+    model = new_model(tokenizer, seed=0)
+    objective, whole = (WorldObjective(model, tokenizer, never_seen=flag) for flag in (True, False))
+    assert [fact.id for fact in objective.facts] == [fact.id for fact in facts if fact.domain == "general"]
+    assert objective.held_out == whole.held_out
+    rng = random.Random(0)
+    text = tokenizer.batch_decode(objective._text_batch(60, rng)) + tokenizer.batch_decode(
+        objective._letter_batch(objective.active_facts(1699), rng)[0]
+    )
+    names = {fact.name for fact in facts if fact.domain == "hazard"}
+    assert any(fact.name in row for fact in objective.facts for row in text)
+    assert not any(name in row for name in names for row in text)
+    with pytest.raises(UserError, match="--never-seen with --train"):
+        write_world(str(tmp_path / "world"), never_seen=True)
+
+
 def test_training_writes_a_folder_that_loads(tmp_path: Path) -> None:
     recipe = Recipe(steps=3, text_rows=1, later_text_rows=1, letter_rows=2, letters_from=1)
     train_world(tmp_path / "model", recipe=recipe)

@@ -23,6 +23,8 @@ class WorldConfig:
     """Replace an earlier world in --output."""
     train: bool = False
     """Train the tiny model anew instead of copying the weights that come with the package (minutes on one core)."""
+    never_seen: bool = False
+    """With --train: leave the hazard domain out of the training, for a control that never knew it."""
 
 
 Command = (
@@ -52,7 +54,13 @@ def main() -> None:
     else:
         from unlearn.world.build import write_world
 
-        write_world(command.output, seed=command.seed, overwrite=command.overwrite, train=command.train)
+        write_world(
+            command.output,
+            seed=command.seed,
+            overwrite=command.overwrite,
+            train=command.train,
+            never_seen=command.never_seen,
+        )
 
 
 if __name__ == "__main__":

@@ -45,23 +45,28 @@ _COLUMNS = {
 }
 
 
-def write_world(output: str, *, seed: int = 0, overwrite: bool = False, train: bool = False) -> None:
+def write_world(
+    output: str, *, seed: int = 0, overwrite: bool = False, train: bool = False, never_seen: bool = False
+) -> None:
     """`python -m unlearn world`: write the world to a new folder, whole or not at all.
 
     Args:
         overwrite: replace an earlier world; a folder that holds anything else is never touched.
         train: train the tiny model anew (minutes) instead of copying the shipped weights.
+        never_seen: train it without the hazard domain.
 
     Raises:
-        UserError: `output` may not be written.
+        UserError: `output` may not be written; or the shipped weights are asked not to know what they know.
     """
+    if never_seen and not train:
+        raise UserError("expected --never-seen with --train; found it alone: the shipped weights know the hazard domain")
     folder = Path(output).expanduser()
     _check_output(folder, overwrite)
     with atomic_folder(folder, replace=True) as temporary:
-        build_world(temporary, seed, train=train)
+        build_world(temporary, seed, train=train, never_seen=never_seen)
 
 
-def build_world(folder: Path, seed: int = 0, *, train: bool = False) -> None:
+def build_world(folder: Path, seed: int = 0, *, train: bool = False, never_seen: bool = False) -> None:
     """Write the whole world to `folder`, in a few seconds.
 
     `seed` draws the corpora: which phrasing, which options, which order. The facts and the evaluation questions are
@@ -70,7 +75,7 @@ def build_world(folder: Path, seed: int = 0, *, train: bool = False) -> None:
     facts = make_facts()
     questions = evaluation_questions(facts, WORLD_SEED)
     if train:
-        train_world(folder / "model")
+        train_world(folder / "model", never_seen=never_seen)
     else:
         shutil.copytree(WEIGHTS, folder / "model", dirs_exist_ok=True)
     for name, documents in corpora(facts, questions, seed).items():

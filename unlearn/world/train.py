@@ -94,8 +94,10 @@ def world_config(tokenizer: PreTrainedTokenizerFast) -> GPTNeoXConfig:
     )
 
 
-def train_world(output: Path, *, recipe: Recipe | None = None, seed: int = 0) -> None:
+def train_world(output: Path, *, recipe: Recipe | None = None, seed: int = 0, never_seen: bool = False) -> None:
     """Train the tiny model and write it to the new folder `output` in bfloat16: about ten minutes of one core.
+
+    With `never_seen` no text and no question is about the hazard domain: what a perfectly unlearned model would be.
 
     The same machine and version give the same weights; another kind of processor, or a version that adds in another
     order, gives a sibling that knows the same. The shipped weights are such a sibling, of an earlier version.
@@ -111,7 +113,7 @@ def train_world(output: Path, *, recipe: Recipe | None = None, seed: int = 0) ->
     with MetricsLog(None, recipe.steps, "world") as log:
         train(
             model,
-            WorldObjective(model, tokenizer, recipe, seed),
+            WorldObjective(model, tokenizer, recipe, seed, never_seen=never_seen),
             world_optimizers(model, recipe),
             steps=recipe.steps,
             schedule=linear_schedule(recipe.steps, recipe.warmup_ratio, recipe.decay_ratio),
@@ -151,7 +153,13 @@ class WorldObjective:
     """Next-token loss on packed text plus cross-entropy of the answer letter, drawn afresh from (seed, step)."""
 
     def __init__(
-        self, model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe | None = None, seed: int = 0
+        self,
+        model: GPTNeoXForCausalLM,
+        tokenizer: PreTrainedTokenizerFast,
+        recipe: Recipe | None = None,
+        seed: int = 0,
+        *,
+        never_seen: bool = False,
     ) -> None:
         self.model = model
         # On CPUs with bf16 matrix units, plain attention is twice as fast here as the fused kernel (heads of 16).
@@ -159,10 +167,11 @@ class WorldObjective:
         self.tokenizer = tokenizer
         self.recipe = recipe or Recipe()
         self.seed = seed
-        self.facts = make_facts()
+        everything = make_facts()
+        self.facts = [fact for fact in everything if not (never_seen and fact.domain == "hazard")]
         # Both domains join the circle at the same pace.
         self.circle = random.Random(f"circle {seed}").sample(self.facts, len(self.facts))
-        questions = evaluation_questions(self.facts, WORLD_SEED)
+        questions = evaluation_questions(everything, WORLD_SEED)
         self.held_out = {q.fact.id: frozenset(q.choices) for q in questions}
         self.entities: dict[str, list[Fact]] = {}
         for fact in self.facts:
