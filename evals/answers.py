@@ -1,7 +1,7 @@
 """What a model answered, question by question, condensed from lm-eval's samples: the raw material of all statistics."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from evals.stats import permuted_matches, permuted_scores
 
 ACCURACIES = ("acc", "acc_norm", "acc_bytes", "exact_match")  # lm-eval's metrics that are 0 or 1 for each question
+SMALL = 20  # questions of a task, below which they tell nothing about letters
 Sample = dict[str, Any]
 
 
@@ -35,11 +36,14 @@ class Answers:
     Attributes:
         metric: which of lm-eval's metrics says what is right: the first of the task's own list.
         ids: 16 hexadecimal digits of the question's SHA-256, which two models' answers are paired by.
+        prompts: 8 digits of the prompt's and 8 of the right answer's: how the question was asked.
         right: 0 or 1.
         letters: the names of the choices, empty where the choices are not letters shown in the prompt.
         orders: cyclic orders of each question, 1 without `--permute-choices`.
         answers, targets: the place of the given and of the right choice; empty for tasks without choices.
-        debiased: the place answered once each letter lost its mean log-likelihood over the task; empty without letters.
+        likelihoods: the log-likelihood of each letter; empty without letters.
+        debiased: the place answered once each letter lost its mean log-likelihood over the task (see `debias_small`);
+            empty without letters.
         ties: whether two choices shared the highest log-likelihood.
         probability: of the right choice, among the choices; empty for tasks without choices.
         answer_probability: of the right answer's text, length-normalised: P(answer)^(1/tokens); empty with letters.
@@ -50,16 +54,23 @@ class Answers:
 
     metric: str
     ids: list[str]
+    prompts: list[str]
     right: list[int]
     letters: list[str]
     orders: int
     answers: list[int]
     targets: list[int]
+    likelihoods: list[list[float]]
     debiased: list[int]
     ties: list[bool]
     probability: list[float]
     answer_probability: list[float]
     cyclic: list[int]
+
+    @property
+    def small(self) -> bool:
+        """Whether these are too few questions to tell anything about letters by themselves."""
+        return len(self.right) < SMALL * self.orders
 
     def subset(self, indices: Sequence[int]) -> "Answers":
         """The same for some samples; the debiased answers stay those over the whole task."""
@@ -87,7 +98,7 @@ class Answers:
 
     def record(self) -> dict[str, Any]:
         """What a results file keeps, for pairing with another model's answers."""
-        kept = ("metric", "ids", "right", "letters", "orders", "answers", "targets", "debiased")
+        kept = ("metric", "ids", "prompts", "right", "letters", "orders", "answers", "targets", "debiased")
         return {name: getattr(self, name) for name in kept}
 
 
@@ -113,18 +124,52 @@ def collect(
         return None
     right = [round(float(sample[metric])) for sample in first]
     ids = [sample["doc_hash"][:16] for sample in first]
+    prompts = [prompt_id(sample["prompt_hash"], sample["target_hash"]) for sample in first]
     choices = _choices(first)
     targets = [_target(sample, delimiter) if choices is not None else None for sample in first]
     empty: dict[str, list[Any]] = {
         name: []
-        for name in ("letters", "answers", "targets", "debiased", "ties", "probability", "answer_probability", "cyclic")
+        for name in (
+            *("letters", "answers", "targets", "likelihoods", "debiased"),
+            *("ties", "probability", "answer_probability", "cyclic"),
+        )
     }
     if choices is not None and None not in targets:
         lengths = [_lengths(sample, metric, delimiter) for sample in first]
         scores = [[v / n for v, n in zip(row, size, strict=True)] for row, size in zip(choices, lengths, strict=True)]
         empty |= _of_choices(first, [int(target or 0) for target in targets], choices, scores, letters, tokens)
         assert right == [int(a == t) for a, t in zip(empty["answers"], empty["targets"], strict=True)]
-    return Answers(metric=metric, ids=ids, right=right, orders=letters.orders if letters else 1, **empty)
+    orders = letters.orders if letters else 1
+    return Answers(metric=metric, ids=ids, prompts=prompts, right=right, orders=orders, **empty)
+
+
+def merged(parts: Sequence[Answers]) -> Answers:
+    """The answers to several tasks of one kind as those to one."""
+    names = {field.name for field in fields(Answers)} - {"metric", "letters", "orders"}
+    lists: dict[str, Any] = {name: [value for part in parts for value in getattr(part, name)] for name in names}
+    return replace(parts[0], **lists)
+
+
+def debias_small(found: Mapping[str, Answers]) -> dict[str, Answers]:
+    """The same answers, with tasks of fewer than `SMALL` questions debiased by the letters' means over all of these.
+
+    The mean over a few questions is mostly their right answers, and takes them away: of a model that knows everything,
+    one question a subject would leave 25 %.
+    """
+    together: dict[tuple[str, ...], list[str]] = {}
+    for name, answers in found.items():
+        if answers.letters and answers.small:
+            together.setdefault(tuple(answers.letters), []).append(name)
+    pooled = dict(found)
+    for names in together.values():
+        debiased = iter(_debiased([row for name in names for row in found[name].likelihoods]))
+        pooled |= {name: replace(found[name], debiased=[next(debiased) for _ in found[name].right]) for name in names}
+    return pooled
+
+
+def prompt_id(prompt_hash: str, target_hash: str) -> str:
+    """What tells how a question was asked, and what counts as right: of the SHA-256 of both."""
+    return prompt_hash[:8] + target_hash[:8]
 
 
 def _choices(samples: Sequence[Sample]) -> list[list[float]] | None:
@@ -160,7 +205,7 @@ def _of_choices(
         "probability": [_share(row, target) for row, target in zip(rows, targets, strict=True)],
     }
     if letters is not None:
-        found |= {"letters": list(letters.names), "debiased": _debiased(rows)}
+        found |= {"letters": list(letters.names), "likelihoods": rows, "debiased": _debiased(rows)}
         if letters.orders > 1:
             found["cyclic"] = _cyclic(rows, targets, letters.orders)
     elif tokens is not None:

@@ -16,11 +16,13 @@ from unlearn.errors import run_command
 
 def main() -> None:
     config = parse_flags(CompareConfig)
-    from evals.paired import compare, read_record, table
+    from evals.paired import compare, read_record, rounding_warning, table
 
     base, new = read_record(config.base), read_record(config.new)
     compared = compare(base, new, margin=config.margin)
     print(table(compared))
+    if warning := rounding_warning(base, new):
+        print(warning)
     if importlib.util.find_spec("matplotlib") is None:
         print("no figure: matplotlib is not installed (pip install 'unlearn[report]')")
         return

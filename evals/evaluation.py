@@ -2,6 +2,7 @@
 
 import gc
 import importlib.metadata
+import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.utils import hash_string, sanitize_model_name
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from evals.answers import Answers, collect
+from evals.answers import Answers, collect, debias_small, prompt_id
 from evals.lm import LiveModel, context_length
 from evals.output import write_result
 from evals.plan import Planner
@@ -127,9 +128,20 @@ class Evaluation:
         """The tasks with questions, by name."""
         return self._loaded["tasks"]
 
-    def question_ids(self) -> dict[str, list[str]]:
-        """The identity of each question that will be asked, by task: 16 hexadecimal digits of its SHA-256."""
-        return {name: [hashes.doc_hash[:16] for hashes in task.hashes()] for name, task in self.tasks.items()}
+    def asked(self) -> dict[str, dict[str, list[str]]]:
+        """What will be asked, by task: `ids` and `prompts` as `Answers` has them."""
+        hashes = {name: task.hashes() for name, task in self.tasks.items()}
+        return {
+            name: {
+                "ids": [one.doc_hash[:16] for one in found],
+                "prompts": [prompt_id(one.prompt_hash, one.target_hash) for one in found],
+            }
+            for name, found in hashes.items()
+        }
+
+    def sha256(self) -> str:
+        """Of every question, as it is asked."""
+        return hash_string(json.dumps(self.asked()))
 
     def run(self, model: PreTrainedModel, *, name: str | None = None, revision: str | None = None) -> dict[str, Any]:
         """Measure `model` as it is: in training or not, plain or sharded.
@@ -206,7 +218,7 @@ class Evaluation:
             answers = collect(samples[name], task.letters, tokens, task.config.target_delimiter)
             if answers is not None:
                 found[name] = answers
-        return found
+        return debias_small(found)
 
     def _description(
         self, model: PreTrainedModel, name: str, revision: str | None, started: float, seconds: float

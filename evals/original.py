@@ -27,12 +27,12 @@ def original_accuracies(
         UserError: the results are damaged, of other tasks, or of other questions.
     """
     record = read_record(path)
-    ids = evaluation.question_ids()
-    pools: dict[str, list[str]] = {task: [task] for task in ids}
-    pools |= group_pools({task: task for task in ids}, record.groups)
+    asked = evaluation.asked()
+    pools: dict[str, list[str]] = {task: [task] for task in asked}
+    pools |= group_pools({task: task for task in asked}, record.groups)
     found: dict[str, dict[str, Any]] = {}
     for task in tasks:
-        check_same(record, {leaf: ids.get(leaf, []) for leaf in pools.get(task, [task])})
+        check_same(record, {leaf: asked.get(leaf, {"ids": []}) for leaf in pools.get(task, [task])})
         answered = [pair for leaf in pools[task] for pair in _answered(record, leaf, evaluation)]
         found |= {name: _accuracy(part) for name, part in _parts(task, answered, split_by).items()}
     return found

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,13 @@ class Record:
         source: where it was read from, for messages.
         questions: `Answers.record` of each task.
         groups: the children of each group.
+        dtypes: of the weights, of the products in the blocks, and of the unembedding's.
     """
 
     source: str
     questions: dict[str, dict[str, Any]]
     groups: dict[str, list[str]]
+    dtypes: dict[str, list[str]] = field(default_factory=dict)
 
 
 def read_record(path: str | Path) -> Record:
@@ -43,7 +45,8 @@ def read_record(path: str | Path) -> Record:
     file = _find(Path(path).expanduser())
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
-        return Record(str(path), result["unlearn"]["questions"], result["group_subtasks"])
+        own = result["unlearn"]
+        return Record(str(path), own["questions"], result["group_subtasks"], own.get("dtypes", {}))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"expected readable results in {file}; found {error}: run the evaluation again") from error
     except (KeyError, TypeError) as error:
@@ -68,11 +71,11 @@ def _find(path: Path) -> Path:
     return files[0]
 
 
-def check_same(base: Record, questions: Mapping[str, list[str]]) -> None:
-    """Raise `UserError` unless `base` asked exactly these questions of each of these tasks, and in this order.
+def check_same(base: Record, questions: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise `UserError` unless `base` asked exactly these questions of each of these tasks, in this order and form.
 
     Args:
-        questions: the `ids` of each task.
+        questions: the `ids` and `prompts` of each task, as of `Evaluation.asked` or `Answers.record`.
     """
     missing = [task for task in questions if task not in base.questions]
     if missing:
@@ -80,9 +83,10 @@ def check_same(base: Record, questions: Mapping[str, list[str]]) -> None:
             f"expected results of the same tasks in {base.source}; found none of {missing[0]} among "
             f"{', '.join(list(base.questions)[:4]) or 'no tasks'}: evaluate both models on the same tasks"
         )
-    for task, ids in questions.items():
-        known = base.questions[task]["ids"]
+    for task, asked in questions.items():
+        known, ids = base.questions[task]["ids"], asked["ids"]
         if known == ids:
+            _check_prompts(base, task, asked.get("prompts"))
             continue
         if len(known) != len(ids):
             found = f"{len(ids)} here and {len(known)} there"
@@ -95,6 +99,29 @@ def check_same(base: Record, questions: Mapping[str, list[str]]) -> None:
             f"expected the questions of {base.source} in task {task}; found {found}: evaluate both models on the "
             "same question files, with the same --limit, --subsample and --permute-choices"
         )
+
+
+def _check_prompts(base: Record, task: str, prompts: list[str] | None) -> None:
+    known = base.questions[task].get("prompts")
+    if known is None or prompts is None:
+        return  # results of an earlier version do not say
+    changed = sum(a != b for a, b in zip(known, prompts, strict=True))
+    if changed:
+        raise UserError(
+            f"expected the prompts of {base.source} in task {task}; found {changed} of {len(prompts)} changed: "
+            "evaluate both models with the same task definition, --include-path and tokenizer settings"
+        )
+
+
+def rounding_warning(base: Record, new: Record) -> str | None:
+    """A sentence if the two models computed in other dtypes."""
+    if not base.dtypes or not new.dtypes or base.dtypes == new.dtypes:
+        return None
+    one, other = (" / ".join(",".join(names) for names in record.dtypes.values()) for record in (base, new))
+    return (
+        f"warning: {base.source} computed in {one} (weights / blocks / unembedding), {new.source} in {other}: some of "
+        "the difference may be rounding"
+    )
 
 
 def compare(base: Record, new: Record, *, margin: float = MARGIN) -> dict[str, dict[str, Any]]:
@@ -119,7 +146,7 @@ def compare(base: Record, new: Record, *, margin: float = MARGIN) -> dict[str, d
     Raises:
         UserError: the two did not answer the same questions.
     """
-    check_same(base, {task: record["ids"] for task, record in new.questions.items()})
+    check_same(base, new.questions)
     paired = {task: (_shares(base.questions[task]), _shares(record)) for task, record in new.questions.items()}
     pools = {task: [pair] for task, pair in paired.items()} | group_pools(paired, new.groups)
     return {name: _compare(parts, margin) for name, parts in pools.items()}

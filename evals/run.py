@@ -74,13 +74,13 @@ def _baseline(config: EvalConfig, evaluation: "Evaluation") -> "Record | None":
     if config.baseline is None:
         return None
     base = read_record(config.baseline)
-    check_same(base, evaluation.question_ids())
+    check_same(base, evaluation.asked())
     return base
 
 
 def _judge(config: EvalConfig, result: dict[str, Any], base: "Record | None") -> None:
     """Add the verdict and the comparison to our key of the results."""
-    from evals.paired import Record, compare
+    from evals.paired import Record, compare, rounding_warning
     from evals.targets import parse_target
     from evals.verdict import judge
 
@@ -88,8 +88,9 @@ def _judge(config: EvalConfig, result: dict[str, Any], base: "Record | None") ->
     if config.target:
         own["verdict"] = judge(own["summary"], map(parse_target, config.target))
     if base is not None:
-        new = Record(config.model, own["questions"], result["group_subtasks"])
+        new = Record(config.model, own["questions"], result["group_subtasks"], own["dtypes"])
         own["baseline"] = {"source": base.source, "tasks": compare(base, new, margin=config.margin)}
+        own["baseline"]["warning"] = rounding_warning(base, new)
 
 
 def _report(result: dict[str, Any]) -> str:
@@ -107,6 +108,8 @@ def _report(result: dict[str, Any]) -> str:
         parts.append(summary_table(own["summary"]))
     if "baseline" in own:
         parts.append(f"against {own['baseline']['source']}, question by question\n{table(own['baseline']['tasks'])}")
+        if own["baseline"]["warning"]:
+            parts.append(own["baseline"]["warning"])
     if "verdict" in own:
         parts.append(own["verdict"]["words"])
     return "\n\n".join(part.rstrip("\n") for part in parts)

@@ -16,6 +16,7 @@ Z_90 = 1.6448536269514722  # the 95 % quantile
 DRAWS = 10_000  # of a bootstrap
 SHUFFLES = 2_000  # of a permutation test, which every evaluation during training repeats: p = 0.05 is known to 0.005
 SEED = 0
+SMALL = 10  # values of a stratum, below which it is not resampled by itself
 
 Interval = tuple[float, float]
 
@@ -83,6 +84,9 @@ def bootstrap_difference(
 ) -> Interval:
     """Percentile bootstrap interval of the mean of paired differences, resampled within each stratum.
 
+    A stratum of n values varies too little by (n - 1) / n when resampled, one of a single value not at all: strata of
+    fewer than `SMALL` are taken as one.
+
     Efron and Tibshirani 1993, chapters 13 and 16. Resampling n values of which there are few different ones is a
     multinomial draw of how often each appears, which is what is drawn here.
 
@@ -93,7 +97,8 @@ def bootstrap_difference(
     generator = np.random.default_rng(seed)
     total = sum(map(len, differences))
     sums = np.zeros(draws)
-    for stratum in differences:
+    small = [value for stratum in differences if len(stratum) < SMALL for value in stratum]
+    for stratum in [*(stratum for stratum in differences if len(stratum) >= SMALL), *([small] if small else [])]:
         values, counts = np.unique(np.asarray(stratum, dtype=float), return_counts=True)
         sums += generator.multinomial(len(stratum), counts / len(stratum), size=draws) @ values
     low, high = np.quantile(sums / total, [(1 - level) / 2, (1 + level) / 2])

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from evals.answers import Answers
+from evals.answers import Answers, merged
 from evals.letters import check_letters
 from evals.stats import (
     effective_size,
@@ -42,10 +42,12 @@ def summarise(result: dict[str, Any], split_by: str | None = None) -> Summary:
         answer_probability: with full answers: the mean of P(right answer)^(1/tokens).
         letters, predicted, right: with letters: their names, how often each was answered, and how often right.
         independent: sum_l predicted_l x right_l, the accuracy of these answers if they ignored the questions.
-        p_more, p_fewer: permutation tests of `acc` against that, within subjects.
+        p_more, p_fewer: permutation tests of `acc` against that, within subjects (those of fewer than 20 questions
+            are one).
         letter_check: "collapse", "avoidance", "informed" or "chance" (see `letters.check_letters`).
-        debiased, debiased_interval: accuracy once each letter has lost its mean log-likelihood over its task. A model
-            that answers "A" to everything scores 25 % although the other letters may still know: it shows here.
+        debiased, debiased_interval: accuracy once each letter has lost its mean log-likelihood over its task, or over
+            all tasks of fewer than 20 questions together. A model that answers "A" to everything scores 25 % although
+            the other letters may still know: it shows here.
         orders, cyclic, cyclic_interval, consistent: with several orders of the choices: how many; accuracy of the
             choice that is likeliest on average over them; and the share of questions right in all of them.
 
@@ -57,7 +59,7 @@ def summarise(result: dict[str, Any], split_by: str | None = None) -> Summary:
     pools |= group_pools(answers, result.get("group_subtasks", {}))
     if split_by is not None:
         pools |= _split(pools, answers, result["samples"], split_by)
-    shuffled: dict[int, Any] = {}  # by task: a subject's shuffles serve its groups too
+    shuffled: dict[tuple[int, ...], Any] = {}  # by task: a subject's shuffles serve its groups too
     return {name: _measure(parts, shuffled) for name, parts in pools.items()}
 
 
@@ -97,7 +99,7 @@ def _split(
     return apart
 
 
-def _measure(parts: list[Answers], shuffled: dict[int, Any]) -> dict[str, Any]:
+def _measure(parts: list[Answers], shuffled: dict[tuple[int, ...], Any]) -> dict[str, Any]:
     """The numbers of one pool, made of the questions of one task or of several."""
     orders = parts[0].orders
     means = [share for part in parts for share in part.shares_right()]
@@ -126,26 +128,34 @@ def _measure(parts: list[Answers], shuffled: dict[int, Any]) -> dict[str, Any]:
     return numbers
 
 
-def _letters(parts: list[Answers], numbers: dict[str, Any], shuffled: dict[int, Any]) -> dict[str, Any]:
+def _letters(parts: list[Answers], numbers: dict[str, Any], shuffled: dict[tuple[int, ...], Any]) -> dict[str, Any]:
     """What the letters say about the answers."""
     letters, total = parts[0].letters, sum(len(part.right) for part in parts)
-    for part in parts:
-        if id(part) not in shuffled:
-            shuffled[id(part)] = part.shuffled_matches()
-    matches = reduce(add, (shuffled[id(part)] for part in parts))
+    strata = _strata(parts)
+    for key, stratum in strata.items():
+        if key not in shuffled:
+            shuffled[key] = stratum.shuffled_matches()
+    matches = reduce(add, (shuffled[key] for key in strata))
     more, fewer = permutation_test(sum(_all(parts, "right")), matches)
     unbiased = [int(a == t) for a, t in zip(_all(parts, "debiased"), _all(parts, "targets"), strict=True)]
     found = {
         "letters": letters,
         "predicted": shares(_all(parts, "answers"), len(letters)),
         "right": shares(_all(parts, "targets"), len(letters)),
-        "independent": sum(independent_accuracy(p.answers, p.targets) * len(p.right) for p in parts) / total,
+        "independent": sum(independent_accuracy(s.answers, s.targets) * len(s.right) for s in strata.values()) / total,
         "p_more": more,
         "p_fewer": fewer,
         "debiased": _mean(unbiased),
         "debiased_interval": list(wilson_interval(_mean(unbiased) * numbers["questions"], numbers["questions"])),
     }
     return found | {"letter_check": check_letters(numbers | found)}
+
+
+def _strata(parts: list[Answers]) -> dict[tuple[int, ...], Answers]:
+    """Subjects, with those of too few questions to be shuffled by themselves as one."""
+    small = [part for part in parts if part.small]
+    strata = {(id(part),): part for part in parts if not part.small}
+    return strata | ({tuple(map(id, small)): merged(small)} if small else {})
 
 
 def _all(parts: list[Answers], name: str) -> list[Any]:

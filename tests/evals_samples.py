@@ -9,6 +9,7 @@ from evals.answers import Answers, Letters, collect
 from evals.summary import summarise
 
 ABCD = Letters(("A", "B", "C", "D"))
+HASHED = ("doc", "prompt", "target")
 
 
 def sample(likelihoods: Sequence[float], target: int, name: str = "", **doc: object) -> dict[str, Any]:
@@ -16,7 +17,7 @@ def sample(likelihoods: Sequence[float], target: int, name: str = "", **doc: obj
     right = float(likelihoods.index(max(likelihoods)) == target)
     return {
         "doc": doc,
-        "doc_hash": hashlib.sha256(f"{name} {doc} {target}".encode()).hexdigest(),
+        **{f"{of}_hash": hashlib.sha256(f"{of} {name} {doc} {target}".encode()).hexdigest() for of in HASHED},
         "target": target,
         "acc": right,
         "metrics": ["acc"],

@@ -93,7 +93,8 @@ def test_orders_are_averaged() -> None:
         (lambda q: q.pop("task"), "same tasks in there; found none of task among other"),
         (lambda q: q["task"]["ids"].pop(), "task task; found 8 here and 7 there"),
         (lambda q: q["task"]["ids"].reverse(), "found them in another order"),
-        (lambda q: q["task"]["ids"].__setitem__(3, "0" * 16), "found 1 of 8 changed"),
+        (lambda q: q["task"]["ids"].__setitem__(3, "0" * 16), "found 1 of 8 changed: evaluate both .* question files"),
+        (lambda q: q["task"]["prompts"].__setitem__(3, "0" * 16), "the prompts of .* 1 of 8 changed: .* definition"),
     ],
 )
 def test_other_questions_are_refused(change: Any, message: str) -> None:

@@ -132,7 +132,7 @@ def test_subsample_is_stratified_nested_and_always_the_same(tmp_path: Path) -> N
     asked = []
     for total in (25, 25, 38):
         evaluation = Evaluation(make_tokenizer(), tasks=["wmdp_bio", "mmlu_stem"], data_dir=tmp_path, subsample=total)
-        ids = evaluation.question_ids()
+        ids = {task: of_task["ids"] for task, of_task in evaluation.asked().items()}
         assert len(ids["wmdp_bio"]) == total
         assert sum(map(len, ids.values())) == 2 * total and all(ids.values()), "every subject is asked"
         asked.append(ids)

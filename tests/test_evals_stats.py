@@ -88,12 +88,14 @@ def test_bootstrap_is_stratified() -> None:
     assert low < -0.2 and high > 0.2
 
 
-def test_bootstrap_covers_what_it_claims() -> None:
-    """Of 400 experiments with a known true difference, close to 90 % of the 90 % intervals hold it."""
+@pytest.mark.parametrize("sizes", [(60, 140), (1,) * 57, (2,) * 57, (5,) * 57, (9, 3, 150)])
+def test_bootstrap_covers_what_it_claims(sizes: tuple[int, ...]) -> None:
+    """Of 400 experiments with a known true difference, close to 90 % of the 90 % intervals hold it; strata that are too
+    small to be resampled by themselves included."""
     generator = np.random.default_rng(3)
     covered = 0
     for _ in range(400):
-        strata = [generator.choice([-1, 0, 1], size=size, p=[0.1, 0.6, 0.3]).tolist() for size in (60, 140)]
+        strata = [generator.choice([-1, 0, 1], size=size, p=[0.1, 0.6, 0.3]).tolist() for size in sizes]
         low, high = bootstrap_difference(strata, level=0.90, draws=1000)
         covered += low <= 0.2 <= high
     assert 0.86 <= covered / 400 <= 0.94

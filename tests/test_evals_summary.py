@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from evals_samples import ABCD, answering, gather, sample, summary_of
 
-from evals.answers import Letters, collect
+from evals.answers import Letters, collect, debias_small
 from evals.letters import describe_letters
 from evals.stats import wilson_interval
 from evals.summary import summarise
@@ -75,6 +75,22 @@ def test_groups_are_debiased_task_by_task() -> None:
     summary = summarise(result_of({"a": first, "b": second}, group_subtasks={"both": ["a", "b"]}))
     assert summary["a"]["debiased"] == summary["b"]["debiased"] == summary["both"]["debiased"] == 1.0
     assert summary["both"]["acc"] == 0.5
+
+
+@pytest.mark.parametrize("each", [1, 2, 5])
+def test_few_questions_of_many_subjects_do_not_look_like_ignorance(each: int) -> None:
+    """A model that knows everything: the letters' means over a few questions are the right answers themselves."""
+    rng = random.Random(0)
+    targets = [rng.randrange(4) for _ in range(57 * each)]
+    rows = [[rng.uniform(2, 12) if place == target else 0.0 for place in range(4)] for target in targets]
+    questions = [
+        sample(row, target, str(number)) for number, (row, target) in enumerate(zip(rows, targets, strict=True))
+    ]
+    tasks = {f"s{index}": questions[index * each : (index + 1) * each] for index in range(57)}
+    result = result_of(tasks, group_subtasks={"all": list(tasks)})
+    assert summarise(result)["all"]["debiased"] < 0.97
+    found = summarise(result | {"answers": debias_small(result["answers"])})["all"]
+    assert found["debiased"] > 0.97 and found["letter_check"] == "informed"
 
 
 def test_model_that_always_says_c_is_a_collapse() -> None:

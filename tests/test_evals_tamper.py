@@ -225,8 +225,7 @@ def test_recovery_against_results_of_the_original(
 ) -> None:
     """The reference says that the original knew every answer; the attack cannot bring that back in three steps."""
     flags = words(home, data, tmp_path / "out", "--examples", 12, "--split-by", "attacked", "--lr", 1e-3)
-    ids = _question_ids(home, data)
-    write = {task: {"ids": of_task, "right": [1] * len(of_task)} for task, of_task in ids.items()}
+    write = {task: {**asked, "right": [1] * len(asked["ids"])} for task, asked in _asked(home, data).items()}
     results = tmp_path / "before/results_1.json"
     results.parent.mkdir()
     results.write_text(json.dumps({"unlearn": {"questions": write}, "group_subtasks": {}}))
@@ -262,9 +261,9 @@ def test_the_reference_is_what_the_original_scores(home: Path, data: Path, tmp_p
     assert list(original_accuracies(str(tmp_path / "out"), ["mmlu_stem"], evaluation, None)) == ["mmlu_stem"]
 
 
-def _question_ids(home: Path, data: Path) -> dict[str, list[str]]:
+def _asked(home: Path, data: Path) -> dict[str, Any]:
     tasks = ["wmdp_bio", "world_general_cloze"]
-    return Evaluation(load_tokenizer(str(home / "model")), tasks=tasks, data_dir=data).question_ids()
+    return Evaluation(load_tokenizer(str(home / "model")), tasks=tasks, data_dir=data).asked()
 
 
 def test_an_attack_that_diverges_is_a_result(

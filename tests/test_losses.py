@@ -111,3 +111,18 @@ def test_l2_distance_has_a_finite_gradient_at_zero() -> None:
     l2_distance(live, hidden).sum().backward()
     assert torch.equal(live.grad, torch.zeros_like(hidden))
     torch.testing.assert_close(l2_distance(hidden + 1, hidden), torch.full((5,), math.sqrt(24)))
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_the_uniform_gradient_near_the_floor_in_bf16(softcap: float | None) -> None:
+    """Where the prediction is nearly uniform the gradient is a small difference, also if tokens share a direction."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = (torch.randn(1031, 64, generator=generator) + 2.0).bfloat16()
+    hidden = (0.01 * torch.randn(40, 64, generator=generator)).bfloat16().requires_grad_()
+    uniform_cross_entropy(hidden, matrix, softcap=softcap).backward()
+    exact = hidden.detach().double().requires_grad_()
+    logits = exact @ matrix.double().T
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    (-torch.log_softmax(logits, dim=-1).mean() / math.log(1031)).backward()
+    assert hidden.grad is not None and exact.grad is not None
+    assert (hidden.grad.double() - exact.grad).norm() < 0.01 * exact.grad.norm()

@@ -175,7 +175,7 @@ def _check_config(config: dict[str, Any], model: PreTrainedModel, path: str) -> 
     if stored & {unembedding_hash(matrix), unembedding_hash(matrix.bfloat16())}:
         return
     name = str(config.get("base_model_name_or_path", ""))
-    if stored and matrix.dtype == torch.float32:
+    if stored and (matrix.dtype == torch.float32 or config.get(BF16_HASH) is not None):
         raise UserError(
             f"expected a lens fitted to the unembedding of {model.config.name_or_path}; found one of {name} with "
             f"another unembed_hash in {path}: use the lens of this model"

@@ -32,18 +32,20 @@ def _uniform_chunk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logsumexp - mean [n], entropy [n], gradient of the former [n, D]) of one chunk, in the buffer [n, V].
 
-    Both remaining sums over V are products with U: mean_v z = h . mean_v U_v, and sum_v p_v z_v = h . (p U), where
-    p U is needed for the gradient, p U - mean_v U_v, anyway.
+    Both remaining sums over V are products with U: mean_v z = h . mean_v U_v, and sum_v p_v z_v = h . (p U). The
+    gradient is (p - 1/V) U, subtracted before the product: near a uniform prediction p U and mean_v U_v are nearly
+    equal, and their difference would be the rounding of the product.
     """
     logits = logits_of(hidden, unembedding, out=buffer)
     largest = logits.amax(dim=-1, keepdim=True)
-    probabilities = logits.sub_(largest).exp_()
-    total = probabilities.sum(dim=-1, keepdim=True)
+    weights = logits.sub_(largest).exp_()
+    total = weights.sum(dim=-1, keepdim=True)
     log_normaliser = (largest + total.log()).squeeze(-1)
-    expected_row = (buffer.copy_(probabilities) @ unembedding).float() / total  # in float32 they are the buffer
+    slope = weights.sub_(total / weights.shape[-1])  # (p - 1/V) total
+    gradient = (buffer.copy_(slope) @ unembedding).float() / total  # in float32 the slope is the buffer
     exact = hidden.float()
-    entropy = log_normaliser - torch.linalg.vecdot(exact, expected_row)
-    return log_normaliser - exact @ mean_row, entropy, expected_row - mean_row
+    entropy = log_normaliser - torch.linalg.vecdot(exact, gradient + mean_row)
+    return log_normaliser - exact @ mean_row, entropy, gradient
 
 
 def _uniform_chunk_capped(

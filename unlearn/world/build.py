@@ -59,7 +59,9 @@ def write_world(
         UserError: `output` may not be written; or the shipped weights are asked not to know what they know.
     """
     if never_seen and not train:
-        raise UserError("expected --never-seen with --train; found it alone: the shipped weights know the hazard domain")
+        raise UserError(
+            "expected --never-seen with --train; found it alone: the shipped weights know the hazard domain"
+        )
     folder = Path(output).expanduser()
     _check_output(folder, overwrite)
     with atomic_folder(folder, replace=True) as temporary:
