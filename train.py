@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from evals.evaluation import Evaluation
     from unlearn.attempt import Attempt
     from unlearn.metrics import MetricsLog
-    from unlearn.unlearning import Unlearning
+    from unlearn.unlearning import Inputs, Unlearning
 
 
 def main() -> None:
@@ -28,17 +28,20 @@ def main() -> None:
     with process_group() as device:
         from unlearn.attempt import attempt
         from unlearn.run_folder import RUN
-        from unlearn.unlearning import build, export_bytes
+        from unlearn.unlearning import build, export_bytes, read_inputs
 
         inputs = (config.model, config.lens, config.forget, config.retain)
         with attempt(config, str(config.output), RUN, inputs, device) as this:
-            if not this.finished:
-                run = build(config, device)
-                evaluation = _prepare(config, run)
-                this.claim(run.identity, run.optimizers, export_bytes(run))
+            found = read_inputs(config, device)
+            evaluation = _prepare(config, found)
+            identity = found.identity | ({} if evaluation is None else {"questions": evaluation.sha256()})
+            finished = this.stands(identity)
+            if not finished:
+                run = build(config, device, found)
+                this.claim(identity, run.optimizers, export_bytes(run))
                 unlearn(run, this, evaluation)
             if is_main():
-                print(f"{'finished before: ' if this.finished else ''}unlearned model: {this.folder / 'model'}")
+                print(f"{'finished before: ' if finished else ''}unlearned model: {this.folder / 'model'}")
 
 
 def unlearn(run: "Unlearning", this: "Attempt", evaluation: "Evaluation | None") -> None:
@@ -75,13 +78,14 @@ def unlearn(run: "Unlearning", this: "Attempt", evaluation: "Evaluation | None")
     this.finish()
 
 
-def _prepare(config: TrainConfig, run: "Unlearning") -> "Evaluation | None":
+def _prepare(config: TrainConfig, found: "Inputs") -> "Evaluation | None":
     """Read the questions before the first step, so that a wrong task name costs no training."""
     if not config.eval_tasks:
         return None
     from evals.evaluation import Evaluation
+    from unlearn.model import load_config
 
-    return Evaluation.of(config, run.tokenizer, run.model.config)
+    return Evaluation.of(config, found.tokenizer, load_config(config.model, revision=config.revision))
 
 
 def _evaluate(run: "Unlearning", evaluation: "Evaluation | None", folder: Path, step: int, log: "MetricsLog") -> None:

@@ -25,8 +25,10 @@ def evaluate_checkpoint(config: EvalConfig) -> None:
     # Here and not above, so that --help and a wrong flag answer at once.
     from evals.output import check_output, write_result
     from unlearn.distributed import is_main, process_group
+    from unlearn.files import files_hash
     from unlearn.model import load_model
     from unlearn.precision import DTYPES
+    from unlearn.weights import Checkpoint
 
     with process_group() as device:
         if config.out is not None:  # mistakes in flags show before the long loading
@@ -35,7 +37,8 @@ def evaluate_checkpoint(config: EvalConfig) -> None:
         base = _baseline(config, evaluation)
         model = load_model(config.model, revision=config.revision, dtype=DTYPES[config.dtype], device=device)
         result = evaluation.run(model, name=config.model, revision=config.revision)
-        result["unlearn"]["command"] = typed_command()
+        weights = Checkpoint.open(config.model, revision=config.revision).paths()
+        result["unlearn"] |= {"command": typed_command(), "model_sha256": files_hash(weights)}
         _judge(config, result, base)
         if is_main():
             print(_report(result))

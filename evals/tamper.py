@@ -43,8 +43,9 @@ def main() -> None:
 
         inputs = (config.corpus, config.benign_corpus, *(subject.model for subject in config.subjects()))
         with attempt(config, config.output, ATTACK, inputs, device) as this:
-            if not this.finished:
-                tamper(config, this)
+            grid = prepare(config)
+            if not this.stands(grid.identity):
+                tamper(grid, this)
             elif is_main():
                 print(f"finished before: {this.folder / 'attack.json'}")
 
@@ -68,12 +69,12 @@ class Grid:
     warnings: list[str]
 
 
-def tamper(config: TamperConfig, this: "Attempt") -> None:
+def tamper(grid: Grid, this: "Attempt") -> None:
     """Run what an earlier attempt left of the grid, on the model and then on each control, and write."""
     from unlearn.distributed import fail_together, is_main, world_size
     from unlearn.sharding import shard_mesh
 
-    grid = prepare(config)
+    config = grid.config
     this.claim(grid.identity, {}, 0)
     meshes: dict[str, DeviceMesh | None] = {}
     for subject in config.subjects():
@@ -104,6 +105,7 @@ def prepare(config: TamperConfig) -> Grid:
     corpora = _corpora(config, tokenizer)
     identity |= {f"{name} corpus": corpus.sha256() for name, corpus in corpora.items()}
     evaluation = Evaluation.of(config, tokenizer, load_config(config.model, revision=config.revision))
+    identity["questions"] = evaluation.sha256()
     reference = _reference(config, evaluation)
     flags = {attack: AttackFlags.of(config, config.subjects()[0], attack) for attack in config.attacks()}
     batches = {attack: attack_batches(of_attack, corpora) for attack, of_attack in flags.items()}
@@ -118,8 +120,8 @@ def _models(config: TamperConfig, tokenizer: "PreTrainedTokenizerBase") -> dict[
     Raises:
         UserError: a control is missing, unsupported, or reads text in other tokens.
     """
+    from unlearn.files import files_hash
     from unlearn.model import load_config, load_tokenizer
-    from unlearn.preflight import files_hash
     from unlearn.weights import Checkpoint
 
     found = {}
@@ -194,7 +196,7 @@ def _run(grid: Grid, subject: Subject, attack: Attack, mesh: "DeviceMesh | None"
     flags = AttackFlags.of(grid.config, subject, attack)
     place = str(attack_folder(this.folder, subject.name, attack))
     with attempt(flags, place, ONE_ATTACK, (), this.device, marker=this.marker) as one:
-        if not one.finished:
+        if not one.stands(grid.identity):
             export = this.folder / "model" if grid.config.save_model else None
             shared = (grid.batches[attack], grid.evaluation, grid.tokenizer, mesh)
             attack_model(flags, *shared, one, identity=grid.identity, export=export)

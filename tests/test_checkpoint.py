@@ -18,8 +18,9 @@ from unlearn.__main__ import main as unlearn_main
 from unlearn.checkpoint import Checkpoints, load, tensors
 from unlearn.config import TrainConfig
 from unlearn.errors import UserError
+from unlearn.files import files_hash
 from unlearn.metrics import MetricsLog
-from unlearn.preflight import check_disk, files_hash, versions
+from unlearn.preflight import check_disk, versions
 from unlearn.stopping import StopSignals
 
 pytestmark = pytest.mark.usefixtures("token_cache")
@@ -60,6 +61,18 @@ def test_the_same_command_goes_on_at_the_export_and_then_does_nothing(
     assert "going on" not in attempt(*half_done, "--overwrite")
     recorded = json.loads((tmp_path / "run/run.json").read_text())
     assert recorded["finished"] and len(recorded["attempts"]) == 1 and "torch" in recorded["attempts"][0]["versions"]
+
+
+def test_a_finished_run_of_other_text_is_not_taken_for_this_one(
+    half_done: list[object], tmp_path: Path, attempt: Callable[..., str]
+) -> None:
+    """The flags are the same, the corpus behind one of them is not."""
+    attempt(*half_done)
+    write_corpus(tmp_path / "forget.jsonl", WORDS[:6], seed=3)
+    assert "expected the forget corpus that the run" in attempt(*half_done)
+    assert (tmp_path / "run/model/model.safetensors").is_file(), "a refusal changes nothing"
+    assert "finished before" not in attempt(*half_done, "--overwrite", "--resume", "auto")
+    assert "finished before" in attempt(*half_done)
 
 
 def test_another_run_is_refused_by_naming_the_difference(

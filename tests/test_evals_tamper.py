@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
@@ -218,6 +220,28 @@ def test_a_grid_with_controls(home: Path, data: Path, tmp_path: Path, monkeypatc
         point["tasks"]["wmdp_bio"]["acc"] for point in found["points"]
     ]
     assert (tmp_path / "out/attack.png").stat().st_size > 10_000
+
+
+def test_a_finished_attack_stands_for_its_own_questions_and_weights_alone(
+    home: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(home, tmp_path / "home")
+    shutil.copytree(data, tmp_path / "data")
+    flags = words(tmp_path / "home", tmp_path / "data", tmp_path / "out", "--examples", 8)
+    attack(monkeypatch, flags)
+    attack(monkeypatch, flags)
+    assert "finished before" in capsys.readouterr().out
+    file = next((tmp_path / "data").rglob("cais/wmdp/**/test-*.parquet"))
+    rows = pq.read_table(file).to_pylist()
+    answers = [(row["answer"] + 1) % 4 for row in rows]
+    pq.write_table(pa.Table.from_pylist([row | {"answer": a} for row, a in zip(rows, answers, strict=True)]), file)
+    with pytest.raises(UserError, match="expected the questions that the run in .* has read"):
+        attack(monkeypatch, flags)
+    shutil.copytree(data, tmp_path / "data", dirs_exist_ok=True)
+    attack(monkeypatch, flags)
+    tiny_model(seed=7).save_pretrained(tmp_path / "home/model")
+    with pytest.raises(UserError, match="expected the model that the run in .* has read"):
+        attack(monkeypatch, flags)
 
 
 def test_recovery_against_results_of_the_original(

@@ -6,6 +6,9 @@ from typing import Any
 import pytest
 from report_support import make_run, numbers, report, result, write
 
+from unlearn.errors import UserError
+from unlearn.files import files_hash
+
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
@@ -84,6 +87,22 @@ def test_an_attack_without_a_gap_still_has_its_page(run: Path, gap: dict[str, An
     page, _ = report(run)
     assert said in page.text and "Unlearning took it from" not in page.text
     assert "unlearned 2 attacks 30.0 % 20.0–40.0 70.0 % 60.0–80.0 20" in page.text
+
+
+def test_what_was_measured_on_other_weights_of_the_same_name_is_refused(run: Path) -> None:
+    (run / "model/model.safetensors").write_bytes(b"these weights")
+    now = files_hash([run / "model/model.safetensors"])
+    own = run / "evals/own/results_2.json"
+    write(own, result(str(run / "model"), {"wmdp_bio": numbers(0.375)}, model_sha256="0ld" * 20))
+    with pytest.raises(UserError, match="results_2.json to be of this run's weights .* others .0ld0ld"):
+        report(run)
+    write(own, result(str(run / "model"), {"wmdp_bio": numbers(0.375)}, model_sha256=now))
+    write(run.parent / "some-attack/attack.json", attacked_grid(str(run / "model")))
+    write(run.parent / "some-attack/run.json", {"identity": {"model": "0ld" * 20}, "attempts": []})
+    with pytest.raises(UserError, match="some-attack to be of this run's weights"):
+        report(run)
+    write(run.parent / "some-attack/run.json", {"identity": {"model": now}, "attempts": []})
+    report(run)
 
 
 def test_commands_and_digests_come_from_the_run_itself(run: Path) -> None:

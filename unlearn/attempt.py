@@ -17,7 +17,7 @@ from unlearn.config import ResumeFlags
 from unlearn.distributed import is_main
 from unlearn.metrics import MetricsLog
 from unlearn.preflight import check_disk, check_ranks, checkpoint_bytes, code_hash, versions
-from unlearn.run_folder import MARKER, Earlier, begin, check_output, earlier_run, finish_run
+from unlearn.run_folder import MARKER, Earlier, begin, check_output, earlier_run, finish_run, still_stands
 from unlearn.stopping import StopSignals
 
 
@@ -27,7 +27,7 @@ class Attempt:
 
     Attributes:
         flags: of the command. facts: the code and the versions that it runs on.
-        earlier: whether an earlier attempt finished the run, or left it unfinished.
+        earlier: whether an earlier attempt finished the run, or left it unfinished, going by its flags.
         stop: listens to signals. marker: what it leaves where the run is stopped.
     """
 
@@ -40,10 +40,19 @@ class Attempt:
     marker: Path
     device: torch.device
 
-    @property
-    def finished(self) -> bool:
-        """Whether there is nothing left to do."""
-        return self.earlier == "finished"
+    def stands(self, identity: Mapping[str, str]) -> bool:
+        """Whether an earlier attempt has finished the run, and had read the same: then nothing is left to do.
+
+        Every rank must call it.
+
+        Args:
+            identity: digests of what there is to be read now.
+
+        Raises:
+            UserError: it had read something else, and there is no --overwrite.
+        """
+        check_ranks(identity, self.device)
+        return self.earlier == "finished" and still_stands(self.folder, identity, self.config.overwrite)
 
     def claim(self, identity: Mapping[str, str], optimizers: Mapping[str, Optimizer], export: int) -> None:
         """Take the folder, once everything is read and before the first step; see `run_folder.begin`.
@@ -52,9 +61,8 @@ class Attempt:
             identity: digests of what was read. export: bytes of what will be written at the end.
 
         Raises:
-            UserError: ranks read different things, the disk is too small, or an earlier attempt read something else.
+            UserError: the disk is too small, or an earlier attempt read something else.
         """
-        check_ranks(identity, self.device)
         every, there = self.config.save_every, len(list(self.folder.glob("checkpoints/step-*")))
         count = max(0, self.config.keep + 1 - there) if every else 0
         check_disk(self.folder, checkpoint=checkpoint_bytes(optimizers), count=count, export=export)

@@ -21,7 +21,7 @@ from unlearn.attempt import Attempt, attempt
 from unlearn.data import Batches, Corpus, Rows, check_examples, read_corpus
 from unlearn.distributed import all_sum, fail_together, is_main, process_group
 from unlearn.errors import UserError
-from unlearn.files import atomic_folder, write_json, writing
+from unlearn.files import atomic_folder, files_hash, write_json, writing
 from unlearn.fit_config import FitLensConfig
 from unlearn.lens import TunedLens
 from unlearn.losses import kl_divergence, logits_of
@@ -29,7 +29,6 @@ from unlearn.metrics import MetricsLog
 from unlearn.model import load_model, load_tokenizer, residual_streams
 from unlearn.optim.build import BETAS, EPS, linear_schedule
 from unlearn.precision import DTYPES
-from unlearn.preflight import files_hash
 from unlearn.run_folder import FITTING, LENS, MARKER, check_output
 from unlearn.trainer import train
 from unlearn.weights import Checkpoint
@@ -112,13 +111,16 @@ def fit_lens(config: FitLensConfig) -> None:
         output = check_output(config.output, config.overwrite, LENS, inputs, resumes=config.resumes and known)
         place = str(output / "fitting")
         with attempt(config, place, FITTING, inputs, device, marker=output / MARKER) as this:
-            if not this.finished:
-                _fit(config, output, this)
+            corpora, identity = _read(config)
+            finished = this.stands(identity)
+            if not finished:
+                _fit(config, corpora, identity, output, this)
             if is_main():
-                print(f"{'finished before: ' if this.finished else ''}tuned lens: {output}")
+                print(f"{'finished before: ' if finished else ''}tuned lens: {output}")
 
 
-def _fit(config: FitLensConfig, output: Path, this: Attempt) -> None:
+def _read(config: FitLensConfig) -> tuple[list[Corpus], dict[str, str]]:
+    """The corpora, and digests of what is read."""
     tokenizer = load_tokenizer(config.model, revision=config.revision)
     corpora = {
         which: read_corpus(name, tokenizer, seq_len=config.seq_len, column=column, template=template)
@@ -127,14 +129,20 @@ def _fit(config: FitLensConfig, output: Path, this: Attempt) -> None:
             ("retain", config.retain, config.retain_column, config.retain_template),
         )
     }
-    training, held_out = _split(config, list(corpora.values()))
+    identity = {f"{which} corpus": corpus.sha256() for which, corpus in corpora.items()}
+    identity["model"] = files_hash(Checkpoint.open(config.model, revision=config.revision).paths())
+    return list(corpora.values()), identity
+
+
+def _fit(
+    config: FitLensConfig, corpora: list[Corpus], identity: Mapping[str, str], output: Path, this: Attempt
+) -> None:
+    training, held_out = _split(config, corpora)
     model = load_model(config.model, revision=config.revision, dtype=DTYPES[config.dtype], device=this.device)
     model.requires_grad_(False)
     lens = TunedLens.identity(model).float()
     lens.translators.requires_grad_(True)
     optimizer = torch.optim.AdamW(lens.translators.parameters(), lr=config.lr, betas=BETAS, eps=EPS, weight_decay=0.0)
-    identity = {f"{which} corpus": corpus.sha256() for which, corpus in corpora.items()}
-    identity["model"] = files_hash(Checkpoint.open(config.model, revision=config.revision).paths())
     this.claim(identity, {"adamw": optimizer}, 0)
     plain = measure(model, lens, held_out)
     _train(config, model, lens, training, {"adamw": optimizer}, this)

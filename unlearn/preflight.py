@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from torch.optim import AdamW, Optimizer
 
 from unlearn.distributed import all_sum, fail_together, gather, is_main, world_size
 from unlearn.errors import UserError
+from unlearn.files import add_parts
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "safetensors", "datasets", "lm_eval", "numpy")
-SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # of each file of weights
+NUMBERS = 1 << 16  # of each tensor in a digest
 
 
 def versions() -> dict[str, str]:
@@ -37,20 +38,7 @@ def code_hash() -> str:
     digest = hashlib.sha256()
     for folder in (ROOT / "unlearn", ROOT / "evals"):
         for file in sorted(folder.rglob("*.py")):
-            _add(digest, str(file.relative_to(ROOT)).encode(), file.read_bytes())
-    return digest.hexdigest()
-
-
-def files_hash(files: Iterable[Path]) -> str:
-    """sha256 over the names, the sizes and evenly spread samples of large files: of other weights it is another."""
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        size = file.stat().st_size
-        _add(digest, file.name.encode(), str(size).encode())
-        with file.open("rb") as stream:
-            for sample in range(SAMPLES):
-                stream.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
-                _add(digest, stream.read(SAMPLE_BYTES))
+            add_parts(digest, str(file.relative_to(ROOT)).encode(), file.read_bytes())
     return digest.hexdigest()
 
 
@@ -59,14 +47,9 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         flat = tensor.detach().flatten()
-        stride = max(1, flat.numel() // SAMPLE_BYTES)
-        _add(digest, f"{name} {tuple(tensor.shape)}".encode(), flat[::stride].float().cpu().numpy().tobytes())
+        stride = max(1, flat.numel() // NUMBERS)
+        add_parts(digest, f"{name} {tuple(tensor.shape)}".encode(), flat[::stride].float().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _add(digest: Any, *parts: bytes) -> None:
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little") + part)
 
 
 def check_ranks(facts: Mapping[str, Any], device: torch.device) -> None:

@@ -172,8 +172,21 @@ def begin(
     barrier()
 
 
+def still_stands(folder: Path, identity: Mapping[str, str], overwrite: bool) -> bool:
+    """Whether the finished run in `folder` had read what there is now; False if it had not, and may be replaced.
+
+    Raises:
+        UserError: on every rank, if it had read something else, and there is no --overwrite.
+    """
+    same = False
+    with fail_together():
+        if is_main():
+            same = _same_run(folder, identity, overwrite) is not None
+    return from_main(same)
+
+
 def _same_run(folder: Path, identity: Mapping[str, str], overwrite: bool) -> dict[str, Any] | None:
-    """run.json of an unfinished run if it has read the same; None if it has not, and may be replaced."""
+    """run.json of an earlier run if it has read the same; None if it has not, and may be replaced."""
     recorded = _read(folder / "run.json")
     assert recorded is not None, "`earlier_run` has read it"
     before = recorded["identity"]
@@ -183,7 +196,7 @@ def _same_run(folder: Path, identity: Mapping[str, str], overwrite: bool) -> dic
     if overwrite:
         return None
     raise UserError(
-        f"expected the {odd[0]} that the run in {folder} began with (sha256 {str(before.get(odd[0]))[:12]}); found "
+        f"expected the {odd[0]} that the run in {folder} has read (sha256 {str(before.get(odd[0]))[:12]}); found "
         f"another ({str(identity.get(odd[0]))[:12]}): put it back, choose another --output, or give --overwrite to "
         "start anew"
     )

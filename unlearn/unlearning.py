@@ -14,6 +14,7 @@ from unlearn.building import lens_objective, master_dtype, original_model, train
 from unlearn.config import TrainConfig
 from unlearn.data import Batches, Corpus, check_examples, read_corpus
 from unlearn.distributed import fail_together, is_main, local_device, world_size
+from unlearn.files import files_hash
 from unlearn.lens import TunedLens
 from unlearn.lens_readings import Stage, read_prompts, write_stage
 from unlearn.lora import adapters, initial_adapters, merge_lora, save_adapter
@@ -29,9 +30,20 @@ from unlearn.model import (
 from unlearn.objectives.lens import LensObjective
 from unlearn.optim.build import assignment, build_optimizers
 from unlearn.precision import DTYPES
-from unlearn.preflight import files_hash, tensors_hash
+from unlearn.preflight import tensors_hash
 from unlearn.sharding import is_sharded, shard_mesh
 from unlearn.weights import Checkpoint, fill, shared_folder
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads, but for the weights in training."""
+
+    tokenizer: PreTrainedTokenizerBase
+    batches: dict[str, Batches]
+    lens: TunedLens
+    checkpoint: Checkpoint
+    identity: dict[str, str]  # digests of it all
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,6 @@ class Unlearning:
     objective: LensObjective
     optimizers: dict[str, Optimizer]
     steps: int
-    identity: dict[str, str]  # digests of what was read
 
     @property
     def autocast(self) -> Callable[[], AbstractContextManager[object]]:
@@ -52,25 +63,41 @@ class Unlearning:
         return self.objective.autocast
 
 
-def build(config: TrainConfig, device: torch.device) -> Unlearning:
-    """Read model, lens and corpora, and put them together.
+def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
+    """Read corpora and lens, and look for every mistake in what the flags name.
 
     Raises:
-        UserError: anything that the flags name is missing, damaged or does not fit the rest.
+        UserError: anything is missing, damaged or does not fit the rest; or the run cannot fit into memory.
     """
     config.check_depth(int(load_config(config.model, revision=config.revision).num_hidden_layers))
     _check_memory(config, device)
-    mesh = shard_mesh(config.shard_kind(world_size()), config.shard_size, device)
     tokenizer = load_tokenizer(config.model, revision=config.revision)
     batches = _batches(config, tokenizer)
     lens = _lens(config, device, config.layers if "forget" in batches else ())
-    model, original = trained_model(config, mesh), original_model(config, mesh)
     with fail_together():
         checkpoint = Checkpoint.open(config.model, revision=config.revision)
-        fill(model, checkpoint, device, initial=initial_adapters(model))
+    identity = {
+        "model": files_hash(checkpoint.paths()),
+        "lens": tensors_hash(dict(lens.translators.named_parameters())),
+    }
+    identity |= {f"{name} corpus": of_name.corpus.sha256() for name, of_name in batches.items()}
+    return Inputs(tokenizer, batches, lens, checkpoint, identity)
+
+
+def build(config: TrainConfig, device: torch.device, inputs: Inputs | None = None) -> Unlearning:
+    """Put a run together, reading the model's weights, and `inputs` if they are not given.
+
+    Raises:
+        UserError: see `read_inputs`; or the weights are damaged.
+    """
+    inputs = inputs or read_inputs(config, device)
+    mesh = shard_mesh(config.shard_kind(world_size()), config.shard_size, device)
+    model, original = trained_model(config, mesh), original_model(config, mesh)
+    with fail_together():
+        fill(model, inputs.checkpoint, device, initial=initial_adapters(model))
         if original is not None:
-            fill(original, checkpoint, torch.device("cpu") if config.offload_reference else device)
-    objective = lens_objective(config, model, original, lens, batches, mesh)
+            fill(original, inputs.checkpoint, torch.device("cpu") if config.offload_reference else device)
+    objective = lens_objective(config, model, original, inputs.lens, inputs.batches, mesh)
     optimizers = build_optimizers(
         model,
         optimizer=config.optimizer,
@@ -81,12 +108,7 @@ def build(config: TrainConfig, device: torch.device) -> Unlearning:
         method=config.muon_method or "gram",
         qkv=config.muon_qkv or "fused",
     )
-    identity = {
-        "model": files_hash(checkpoint.paths()),
-        "lens": tensors_hash(dict(lens.translators.named_parameters())),
-    }
-    identity |= {f"{name} corpus": of_name.corpus.sha256() for name, of_name in batches.items()}
-    return Unlearning(config, model, tokenizer, objective, optimizers, objective.coefficients.steps, identity)
+    return Unlearning(config, model, inputs.tokenizer, objective, optimizers, objective.coefficients.steps)
 
 
 def _check_memory(config: TrainConfig, device: torch.device) -> None:

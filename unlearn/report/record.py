@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from unlearn.errors import UserError
+from unlearn.files import files_hash
 
 GRID = {"points_of", "hazard", "general", "gap", "subjects"}  # in attack.json
 
@@ -234,6 +235,7 @@ def _read_result(file: Path, folder: Path, config: dict[str, Any]) -> tuple[bool
             f"expected results of {config['model']} or of {folder / 'model'}; found those of {name} in {file}: "
             "move them away or choose other --evals"
         )
+    _check_weights(own.get("model_sha256"), _digests(folder)[0 if original else 1], file)
     versions = {key: value[key] for key in ("lm_eval_version", "transformers_version") if key in value}
     details = {"versions": versions, "data": own.get("data", {}), "dtypes": own.get("dtypes", {})}
     verdict = own.get("verdict", value.get("verdict"))
@@ -241,6 +243,22 @@ def _read_result(file: Path, folder: Path, config: dict[str, Any]) -> tuple[bool
     members = frozenset(name for children in groups.values() for name in children if name not in groups)
     command = str(own.get("command", ""))
     return original, Measurement(file, _checked(own["summary"], file), verdict, details, members, command)
+
+
+def _digests(folder: Path) -> tuple[str | None, str | None]:
+    """Of the weights that the run began with, and of those that it exported; None where that is not known."""
+    weights = list((folder / "model").glob("*.safetensors"))
+    began = _read_if_there(folder / "run.json").get("identity", {}).get("model")
+    return began, files_hash(weights) if weights else None
+
+
+def _check_weights(stated: str | None, actual: str | None, place: Path) -> None:
+    """Raise `UserError` if something was measured on other weights than those that bear the name now."""
+    if stated is not None and actual is not None and stated != actual:
+        raise UserError(
+            f"expected {place} to be of this run's weights (sha256 {actual[:12]}); found it to be of others "
+            f"({stated[:12]}), which bore the same name: measure again, or move it away"
+        )
 
 
 def _same(name: str, other: str) -> bool:
@@ -270,13 +288,18 @@ def _read_attacks(folder: Path, given: Iterable[str]) -> Iterable[Attack]:
                 f"expected an attack on {folder / 'model'}; found one on {attack.config.get('model')} in {place}: "
                 "choose other --attacks"
             )
-        yield attack
+        yield _of_these_weights(attack, folder)
     known = {place.resolve() for place in chosen}
     near = [*folder.resolve().parent.glob("*/attack.json"), *folder.resolve().glob("*/attack.json")]
     for file in sorted(file for file in near if file.parent not in known):
         attack = _read_attack(file)
         if is_model_of(str(attack.config.get("model")), folder):
-            yield attack
+            yield _of_these_weights(attack, folder)
+
+
+def _of_these_weights(attack: Attack, folder: Path) -> Attack:
+    _check_weights(attack.recorded.get("identity", {}).get("model"), _digests(folder)[1], attack.folder)
+    return attack
 
 
 def _read_attack(file: Path) -> Attack:
