@@ -260,7 +260,7 @@ class Evaluation:
             "ties": ties,
             "tie_rate": sum(ties.values()) / asked if asked else None,
             "max_length": lm.max_length,
-            "truncated_rows": sum(plan.truncated for plan in lm.plans),
+            "truncated_rows": sum(plan.truncated for plan in lm.plans) + lm.truncated_contexts,
             "rows": sum(len(batch) for plan in lm.plans for batch in plan.batches),
             "requests": sum(plan.requests for plan in lm.plans),
             "batches": sum(len(plan.batches) for plan in lm.plans),

@@ -147,11 +147,11 @@ def check_examples_differ(batches: Mapping[Attack, Batches]) -> None:
     """Raise `UserError` if two attacks of a grid differ in --examples alone, and draw the same windows all the same."""
     seen: dict[tuple[Any, ...], Attack] = {}
     for attack, found in batches.items():
-        key = (*(value for name, value in dataclasses.asdict(attack).items() if name != "examples"), found.unique)
+        key = (*(value for name, value in dataclasses.asdict(attack).items() if name != "examples"), found.chosen)
         if key in seen:
             raise UserError(
                 f"expected --examples that draw different windows; found {seen[key].examples} and {attack.examples}, "
-                f"both {found.unique} of --data {attack.data}: leave one out, or use a larger corpus"
+                f"both {found.chosen} of --data {attack.data}: leave one out, or use a larger corpus"
             )
         seen[key] = attack
 

@@ -37,6 +37,7 @@ class Writing:
     tokens: tuple[int, ...]
     longest: int
     until: tuple[str, ...]
+    truncated: bool
 
 
 def make_writings(
@@ -46,11 +47,16 @@ def make_writings(
     *,
     max_length: int,
     default_longest: int,
+    truncate: bool = False,
 ) -> list[Writing]:
     """Read lm-eval's generation settings.
 
+    Args:
+        truncate: cut contexts that leave no room for the text from the left, as lm-eval does.
+
     Raises:
-        UserError: a task asks for sampling or beams, or for more tokens than the model's context.
+        UserError: a task asks for sampling or beams, or for more tokens than the model's context; or a context is too
+            long and `truncate` is not set.
     """
     eos = str(tokenizer.decode([tokenizer.eos_token_id])) if tokenizer.eos_token_id is not None else None
     writings = []
@@ -69,7 +75,14 @@ def make_writings(
                 "model with a longer context"
             )
         until = tuple(handle_stop_sequences(list(wanted["until"]), eos))
-        writings.append(Writing(index, tuple(context[-(max_length - longest) :]), longest, until))
+        room = max_length - longest
+        if len(context) > room and not truncate:
+            raise UserError(
+                f"expected contexts of at most {room} tokens, the model's {max_length} less {longest} to generate; "
+                f"found {len(context)}: use a model with a longer context, or let evals/run.py cut their beginnings "
+                "off with --truncate, as lm-eval does"
+            )
+        writings.append(Writing(index, tuple(context[-room:]), longest, until, len(context) > room))
     return writings
 
 

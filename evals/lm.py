@@ -65,6 +65,7 @@ class LiveModel(TemplateLM):
         self.planner = planner or Planner(tokenizer, batch_tokens, truncate=truncate)
         self.max_length = context_length(model.config, tokenizer)
         self.plans: list[Plan] = []
+        self.truncated_contexts = 0  # of texts to be generated
         self.tokens: dict[tuple[str, str], int] = {}  # how many tokens each continuation has
         self._device = next(model.parameters()).device
 
@@ -143,7 +144,9 @@ class LiveModel(TemplateLM):
             [request.args[1] for request in requests],
             max_length=self.max_length,
             default_longest=DEFAULT_LONGEST,
+            truncate=self.planner.truncate,
         )
+        self.truncated_contexts += sum(writing.truncated for writing in writings)
         batches = batch_writings(writings, self.planner.batch_tokens)
         self._check_agreement(zlib.crc32(repr(batches).encode()))
         with evaluating(self.model):

@@ -5,6 +5,7 @@ the same name shared one entry, and a replaced file still gave the old rows.
 """
 
 import hashlib
+import re
 from pathlib import Path
 
 import datasets
@@ -27,11 +28,12 @@ class LocalData:
             raise UserError(f"expected a folder after --data-dir; found none at {root}: check the path")
 
     def files(self, path: str, name: str | None, split: str) -> list[Path]:
-        """The Parquet files of one split, in order; empty if there are none."""
+        """The Parquet files of one split, in order; empty if there are none; `UserError` if some are missing."""
         folder = self.root / path / name if name else self.root / path
         for place in (folder, folder / "data"):
             found = sorted(place.glob(f"{split}-*.parquet")) or sorted(place.glob(f"{split}.parquet"))
             if found:
+                _check_shards(found)
                 return found
         return []
 
@@ -61,6 +63,18 @@ class LocalData:
         digests = {str(file.relative_to(self.root)): sha256(file) for file in files}
         fingerprint = hashlib.sha256("".join(digests.values()).encode()).hexdigest()
         return datasets.Dataset(table, fingerprint=fingerprint), digests
+
+
+def _check_shards(files: list[Path]) -> None:
+    """Raise unless `split-00000-of-00002.parquet` and its like are all there, and of one set."""
+    named = [match for file in files if (match := re.search(r"-(\d+)-of-(\d+)\.parquet$", file.name))]
+    places = sorted(int(match[1]) for match in named)
+    totals = {int(match[2]) for match in named}
+    if named and (len(named) < len(files) or len(totals) > 1 or places != list(range(totals.pop()))):
+        raise UserError(
+            f"expected all parts of one split in {files[0].parent}; found {', '.join(file.name for file in files)}: "
+            "fetch the data set again into an empty folder"
+        )
 
 
 def sha256(file: Path) -> str:

@@ -124,7 +124,7 @@ def corpus_of(count: int) -> Corpus:
 
 def test_each_epoch_is_a_permutation_and_the_last_batch_is_short() -> None:
     batches = Batches(corpus_of(23), examples=10, total=20, batch=8, seed=0, tag="forget")
-    assert batches.unique == 10 and batches.steps == 3
+    assert batches.unique == batches.chosen == 10 and batches.steps == 3
     assert [len(batches.indices(step)) for step in range(3)] == [8, 8, 4]
     order = [index for step in range(3) for index in batches.indices(step)]
     assert sorted(order[:10]) == sorted(order[10:]) and len(set(order[:10])) == 10
@@ -161,3 +161,7 @@ def test_ranks_share_a_global_batch(monkeypatch: pytest.MonkeyPatch, world_size:
         assert sorted(seen.values()) == sorted(expected) and len(seen) == len(expected)
         assert batches.tokens(step) == sum(map(len, expected))
         assert batches.targets(step) == sum(len(window) - 1 for window in expected)
+
+
+def test_unique_examples_are_those_that_are_trained_on() -> None:
+    assert Batches(corpus_of(23), examples=20, total=6, batch=3, seed=0, tag="retain").unique == 6

@@ -73,8 +73,13 @@ def test_greedy_texts_equal_hflm(kind: str, positions: int, seed: int) -> None:
     tokenizer, model = make_tokenizer(), make_model(kind, positions=positions, seed=seed)
     tokenizer.pad_token = tokenizer.eos_token
     expected = hflm(model, tokenizer).generate_until(requests(GENERATIONS), disable_tqdm=True)
-    found = LiveModel(model, tokenizer, batch_tokens=100).generate_until(requests(GENERATIONS), disable_tqdm=True)
+    lm = LiveModel(model, tokenizer, batch_tokens=100, truncate=True)
+    found = lm.generate_until(requests(GENERATIONS), disable_tqdm=True)
     assert found == expected and len(set(found)) > 2
+    assert (lm.truncated_contexts > 0) == (positions == 40)
+    if positions == 40:
+        with pytest.raises(UserError, match="of at most 28 tokens.* found 82.* with --truncate"):
+            LiveModel(model, tokenizer).generate_until(requests(GENERATIONS), disable_tqdm=True)
 
 
 def test_generation_stops_at_the_end_token_and_leaves_flags() -> None:

@@ -147,6 +147,18 @@ def test_data_set_without_a_name_and_in_several_files(tmp_path: Path) -> None:
     assert len(task.provenance) == 2
 
 
+@pytest.mark.parametrize("names", [["1-of-00002"], ["0-of-00001", "1-of-00002"], ["0-of-00002", "0-of-00001"]])
+def test_a_part_of_a_split_is_not_taken_for_the_whole(tmp_path: Path, names: list[str]) -> None:
+    write_wmdp(tmp_path, [question(i, i % 4, None) for i in range(4)])
+    whole = next(tmp_path.rglob("test-*.parquet"))
+    content = whole.read_bytes()
+    whole.unlink()
+    for name in names:
+        (whole.parent / f"test-0000{name}.parquet").write_bytes(content)
+    with pytest.raises(UserError, match=f"all parts of one split .* test-0000{sorted(names)[0]}.parquet"):
+        evaluate(tmp_path, ["wmdp_bio"])
+
+
 def test_few_shot_examples_need_their_split(tmp_path: Path) -> None:
     shots = CLOZE.replace("test_split: test", "test_split: test\nfewshot_split: dev\nnum_fewshot: 1")
     (tmp_path / "cloze.yaml").write_text(shots + "fewshot_config: {sampler: first_n}\n")

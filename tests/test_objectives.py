@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from conftest import DEPTH
 from torch import Tensor
 
 from unlearn.config import TrainConfig
+from unlearn.distributed import process_group
 from unlearn.lens import TunedLens
 from unlearn.lora import adapters, lora_disabled
 from unlearn.model import load_model
@@ -131,9 +133,15 @@ def test_coefficients_move_per_optimizer_step() -> None:
     assert Coefficients(4.0, 2.0, 0.0, steps=1).at(0) == (4.0, 0.0)
 
 
-def test_retain_loss_is_exactly_zero_at_the_start(home: Path) -> None:
-    for flags in ({"lora_rank": 2}, {"lora_rank": 2, "retain_loss": "kl"}, {}):
-        run = build(config(home, **flags), CPU)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("retain", ["kl", "l2"])
+@pytest.mark.parametrize("shard", [None, "full"])
+@pytest.mark.parametrize("flags", [{"lora_rank": 2}, {}], ids=["lora", "full"])
+def test_retain_loss_is_exactly_zero_at_the_start(
+    home: Path, flags: dict[str, Any], shard: str | None, retain: str, dtype: str
+) -> None:
+    with process_group():
+        run = build(config(home, dtype=dtype, retain_loss=retain, shard=shard, **flags), CPU)
         run.model.train()
         assert gradients(run, 0)["retain_loss"].item() == 0.0
 

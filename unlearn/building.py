@@ -67,10 +67,15 @@ def trained_model(config: ModelFlags, mesh: DeviceMesh | None) -> PreTrainedMode
 
 
 def original_model(config: TrainConfig, mesh: DeviceMesh | None) -> PreTrainedModel | None:
-    """The frozen original for the retain loss of full training, on the meta device; None where there is no need."""
+    """The frozen original for the retain loss of full training, on the meta device; None where there is no need.
+
+    It computes as the model in training does, so that both are equal before the first step: unsharded, from float32
+    weights under autocast, which leaves the residual stream in float32.
+    """
     if config.lora_rank > 0 or config.retain_coef == 0.0:
         return None
-    model = empty_model(config.model, revision=config.revision, dtype=DTYPES[config.dtype]).requires_grad_(False)
+    dtype = master_dtype(config) if mesh is None else DTYPES[config.dtype]
+    model = empty_model(config.model, revision=config.revision, dtype=dtype).requires_grad_(False)
     disable_dropout(model)
     if mesh is not None:
         shard(model, mesh, compute=DTYPES[config.dtype], offload=config.offload_reference)

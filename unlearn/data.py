@@ -259,8 +259,8 @@ def _fingerprint(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> str:
 class Batches:
     """Global batches of one corpus: the same windows in the same order at any number of ranks.
 
-    The first `examples` windows of one seeded permutation are the run's unique examples; each further pass over them
-    has a permutation of its own.
+    The first `examples` windows of one seeded permutation are those to train on; each pass over them has a permutation
+    of its own.
 
     Args:
         total: windows to train on over the whole run; the last global batch may be short.
@@ -268,6 +268,9 @@ class Batches:
         tag: sets this corpus's order apart from another's under the same seed.
         micro_batch: most windows of one forward pass on one rank.
         micro_tokens: most tokens, padding included, of one forward pass with more than one window.
+
+    Attributes:
+        chosen: how many windows there are to train on. unique: how many of them the whole run comes to.
     """
 
     def __init__(
@@ -283,14 +286,15 @@ class Batches:
         micro_tokens: int | None = None,
     ):
         chosen = torch.randperm(len(corpus.windows), generator=generator(seed, tag, "choice"))[:examples].tolist()
-        self.corpus, self.unique, self.total, self.batch = corpus, len(chosen), total, batch
+        self.corpus, self.chosen, self.total, self.batch = corpus, len(chosen), total, batch
         self.seed, self.tag, self.micro_batch, self.micro_tokens = seed, tag, micro_batch, micro_tokens
         self.order: list[int] = []
         while len(self.order) < total:
-            epoch = len(self.order) // self.unique
-            permutation = torch.randperm(self.unique, generator=generator(seed, tag, "epoch", epoch)).tolist()
+            epoch = len(self.order) // self.chosen
+            permutation = torch.randperm(self.chosen, generator=generator(seed, tag, "epoch", epoch)).tolist()
             self.order += [chosen[index] for index in permutation]
         del self.order[total:]
+        self.unique = len(set(self.order))
 
     @property
     def steps(self) -> int:

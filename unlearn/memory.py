@@ -128,7 +128,7 @@ def _states(config: TrainConfig, shape: Shape, layout: Layout) -> dict[str, floa
     result["gradients"] = 4 * trained * terms / ranks
     result["optimizer"] = (4 * in_muon + 8 * (trained - in_muon)) / ranks
     if config.lora_rank == 0 and config.retain_coef and not config.offload_reference:
-        result["reference"] = compute * shape.parameters / ranks
+        result["reference"] = (compute if _is_sharded(config, layout) else 4) * shape.parameters / ranks
     return result
 
 
@@ -187,8 +187,10 @@ def flops_per_step(config: TrainConfig, shape: Shape) -> float:
         lens = len(config.layers) * (4 * shape.head + 4 * shape.hidden**2)
         total += tokens * (per_parameter * blocks_only * reach + lens)
     if config.retain_coef:
-        head = (2 + 2 + (4 if config.lora_rank == 0 else 2)) * shape.head if config.retain_loss == "kl" else 0
-        total += tokens * ((per_parameter + 2) * blocks_only + head)
+        divergence = config.retain_loss == "kl"
+        head = (2 + 2 + (4 if config.lora_rank == 0 else 2)) * shape.head if divergence else 0
+        reach = 1.0 if divergence else max(config.layers) / shape.depth
+        total += tokens * ((per_parameter + 2) * blocks_only * reach + head)
     return total + _orthogonalisation(config, shape)
 
 

@@ -63,7 +63,9 @@ def _stages(record: Record) -> dict[str, Tasks]:
 
 
 def _attack_name(attack: Attack, record: Record) -> str:
-    return "attacked" if len(record.attacks) == 1 else f"attacked: {attack.folder.name}"
+    """What a column is called: the last measurement of the attack that brought most back."""
+    name = "attacked" if len(record.attacks) == 1 else f"attacked: {attack.folder.name}"
+    return f"{name}, step {attack.points[-1][0]}"
 
 
 def _in_order(stages: Iterable[Tasks]) -> list[str]:
