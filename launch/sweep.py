@@ -22,7 +22,7 @@ from typing import Any
 from launch.search import Outcome, confirmed, next_point
 from launch.sweep_config import Sweep, read_sweep
 from launch.sweep_table import best, draw_frontier, write_results
-from launch.trials import Record, Trial, measure, measure_before
+from launch.trials import Record, Trial, measure, measure_before, read_before
 from unlearn.errors import UserError, run_command
 from unlearn.files import write_json, writing
 
@@ -63,7 +63,9 @@ def run_sweep(sweep: Sweep, run_trial: Measure = measure, run_before: Before = m
                 break
             trial = Trial(len(records) + 1, *found)
             print(f"trial {trial.name}", flush=True)
-            records.append(run_trial(sweep, trial))
+            record = run_trial(sweep, trial)
+            _check_inputs(sweep, records, record)
+            records.append(record)
             _append(sweep.folder / "trials.jsonl", records[-1])
             print(f"  {_says(records[-1])}", flush=True)
             _prune(sweep, records)
@@ -95,6 +97,18 @@ def _ended(sweep: Sweep, records: Sequence[Record]) -> str | None:
     if config.hours is not None and spent >= config.hours:
         return f"The target is not met: the budget of {config.hours:g} hours is spent, {len(records)} trials."
     return None
+
+
+def _check_inputs(sweep: Sweep, records: Sequence[Record], record: Record) -> None:
+    """Raise unless a trial has read what the model before was measured with, and what the other trials have read."""
+    now = record.get("inputs", {})
+    for earlier in (read_before(sweep), *(other.get("inputs", {}) for other in records)):
+        odd = [key for key in earlier.keys() & now.keys() if earlier[key] != now[key]]
+        if odd:
+            raise UserError(
+                f"expected the {min(odd)} that this sweep began with; found that trial {record['trial']} has read "
+                "another: its numbers are left out, put the earlier one back, or start anew in another --output"
+            )
 
 
 def _outcomes(sweep: Sweep, records: Sequence[Record]) -> list[Outcome]:

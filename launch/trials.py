@@ -55,7 +55,8 @@ def measure(sweep: Sweep, trial: Trial) -> Record:
     Returns:
         {"trial", "number", "values", "seed", "settings": of train.py, "commands", "seconds", "state"}, and for a trial
         that failed "reason" and no measured number; else "steps", "losses" (of the last step), "questions": "all" or
-        "subsample", "accuracies": {task: some numbers of `evals.summary`}, "verdict".
+        "subsample", "accuracies": {task: some numbers of `evals.summary`}, "verdict", and "inputs": digests of what it
+        read.
     """
     folder = sweep.folder / "trials" / trial.name
     if sweep.config.slurm is None or not jobs.submitted(folder):
@@ -71,7 +72,9 @@ def measure(sweep: Sweep, trial: Trial) -> Record:
             evaluation = evaluation_words(sweep, folder / "run" / "model", folder / look, subsample=look != "all")
             commands.append(command_line(sweep, evaluation))
             execute(sweep, evaluation, folder / f"{look}.log")
-            found |= read_evaluation(folder / look) | {"questions": look}
+            measured = read_evaluation(folder / look)
+            inputs = found.get("inputs", {}) | measured.pop("inputs", {})
+            found |= measured | {"questions": look, "inputs": inputs}
             if any(one["by_interval"] == "not met" for one in found["verdict"]["targets"]):
                 break  # no number of further questions will change that
         found["state"] = classify(found["verdict"])
@@ -235,18 +238,30 @@ def _environments() -> list[tuple[int, list[bytes]]]:
 
 
 def read_training(run_folder: Path) -> Record:
-    """Steps and final losses from a run's metrics.jsonl."""
+    """Steps and final losses from a run's metrics.jsonl, and digests of what it read."""
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     last = [line for line in lines if "loss" in line][-1]
     losses = {name: last[name] for name in ("forget_loss", "retain_loss") if name in last}
-    return {"steps": last["step"] + 1, "losses": losses}
+    identity = json.loads((run_folder / "run.json").read_text(encoding="utf-8"))["identity"]
+    return {"steps": last["step"] + 1, "losses": losses, "inputs": identity}
 
 
 def read_evaluation(folder: Path) -> Record:
-    """Accuracies and verdict from what evals/run.py wrote."""
+    """Accuracies and verdict from what evals/run.py wrote, and digests of the question files."""
     (file,) = folder.rglob("results_*.json")
     own = json.loads(file.read_text(encoding="utf-8"))["unlearn"]
     accuracies = {
         task: {name: numbers[name] for name in NUMBERS if name in numbers} for task, numbers in own["summary"].items()
     }
-    return {"accuracies": accuracies, "verdict": own["verdict"]}
+    files = {f"questions of {task}": json.dumps(digests) for task, digests in own["data"].items()}
+    return {"accuracies": accuracies, "verdict": own["verdict"], "inputs": files}
+
+
+def read_before(sweep: Sweep) -> dict[str, str]:
+    """Digests of the model that the trials start from, and of the question files, as `measure_before` found them."""
+    found: dict[str, str] = {}
+    for file in (sweep.folder / "before").rglob("results_*.json"):
+        own = json.loads(file.read_text(encoding="utf-8"))["unlearn"]
+        found |= {"model": own["model_sha256"]} if "model_sha256" in own else {}
+        found |= read_evaluation(sweep.folder / "before")["inputs"]
+    return found

@@ -72,6 +72,18 @@ def before(sweep: Sweep) -> dict[str, Any]:
     return {"wmdp_bio": numbers(0.43), "mmlu_stem": numbers(0.37)}
 
 
+def test_a_trial_of_another_model_is_left_out(tmp_path: Path) -> None:
+    """The files behind the flags were replaced between two starts."""
+    digests = iter(["one", "one", "another"])
+
+    def trial(sweep: Sweep, trial: Trial) -> Record:
+        return simulated(sweep, trial) | {"inputs": {"model": next(digests), "questions of wmdp_bio": "same"}}
+
+    with pytest.raises(UserError, match="expected the model that this sweep began with; found that trial 003-"):
+        run_sweep(sweep_of(tmp_path / "s"), trial, before)
+    assert len(read_records(tmp_path / "s" / "trials.jsonl")) == 2
+
+
 def sweep_of(folder: Path, *flags: str, grid: list[str] = GRID, train: tuple[str, ...] = ()) -> Sweep:
     return read_sweep(["--output", str(folder), *grid, *TARGETS, *flags, "--", *train])
 
