@@ -120,12 +120,12 @@ def test_a_signalled_run_is_requeued_and_goes_on(tmp_path: Path, nodes: int, ran
 
 
 def test_a_run_out_of_time_is_requeued(tmp_path: Path) -> None:
-    """Slurm's own signal before the time limit (it may come up to a minute early)."""
-    job = start(tmp_path, 1, 2, 500, "--time=1", "--signal=USR1@30")
-    until(lambda: shown(job, "Restarts") == "1")
+    """Slurm's own signal before the time limit: it may come up to a minute early, but not before the job listens."""
+    job = start(tmp_path, 1, 2, 5000, "--time=2", "--signal=USR1@30")
+    until(lambda: shown(job, "Restarts") == "1", 150.0)
     done = len(lines(tmp_path / "run"))
     text_of("scancel", job)
-    assert 0 < done < 500 and (tmp_path / "run/PREEMPTED").exists()
+    assert 0 < done < 5000 and (tmp_path / "run/PREEMPTED").exists()
 
 
 def test_a_preempted_run_is_requeued_and_goes_on(tmp_path: Path) -> None:
