@@ -128,6 +128,10 @@ def test_lens_fits_the_same_model_in_another_dtype(tmp_path: Path) -> None:
         assert TunedLens.load(str(tmp_path / f"bf16-{seed}"), model).depth == DEPTH
         with pytest.raises(UserError, match="found one of"):
             TunedLens.load(str(tmp_path / str(seed)), tiny_model(seed=seed + 100).bfloat16())
+        namesake = tiny_model(seed=seed + 100).bfloat16()
+        namesake.config.name_or_path = f"elsewhere/model{seed}"
+        with pytest.raises(UserError, match="another unembed_hash"):
+            TunedLens.load(str(tmp_path / str(seed)), namesake)
     assert differ > 0, "otherwise this test shows nothing"
 
 
