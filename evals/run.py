@@ -35,10 +35,10 @@ def evaluate_checkpoint(config: EvalConfig) -> None:
             check_output(config.out, config.model, overwrite=config.overwrite)
         evaluation = _prepare(config)
         base = _baseline(config, evaluation)
+        digest = files_hash(Checkpoint.open(config.model, revision=config.revision).paths())
         model = load_model(config.model, revision=config.revision, dtype=DTYPES[config.dtype], device=device)
         result = evaluation.run(model, name=config.model, revision=config.revision)
-        weights = Checkpoint.open(config.model, revision=config.revision).paths()
-        result["unlearn"] |= {"command": typed_command(), "model_sha256": files_hash(weights)}
+        result["unlearn"] |= {"command": typed_command(), "model_sha256": digest}
         _judge(config, result, base)
         if is_main():
             print(_report(result))
