@@ -59,8 +59,8 @@ def test_eight_spectra(name: str, shape: tuple[int, int]) -> None:
         lowest, highest = (0.67, 1.22) if method == "quintic" else (0.82, 1.15)
         assert lowest < values.min() and values.max() < highest, method
         errors[method] = ((result - exact).norm() / exact.norm()).item()
-    assert errors["quintic"] < 0.32 and errors["polar-express"] < 0.125 and errors["gram"] < 0.13
-    assert abs(errors["gram"] - errors["polar-express"]) < 0.03  # the same polynomials
+    assert errors["quintic"] < 0.32 and errors["polar-express"] < 0.125 and errors["gram"] < 0.135
+    assert abs(errors["gram"] - errors["polar-express"]) < 0.045  # the same polynomials
 
 
 @pytest.mark.parametrize("method", METHODS)

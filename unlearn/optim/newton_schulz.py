@@ -61,7 +61,8 @@ def orthogonalize(
     """The nearest (semi-)orthogonal matrix to each `matrix`, approximately.
 
     Args:
-        matrix: [m, n] or [batch, m, n] of any floating dtype; a matrix of zeros stays zero.
+        matrix: [m, n] or [batch, m, n] of any floating dtype; a matrix of zeros stays zero. Frobenius norms below 1e19,
+            whose squares float32 can hold.
         method: see the module's docstring.
         steps: iterations.
         dtype: of the arithmetic: bfloat16, float16 or float32. Sums inside a product are float32 in all of them.
@@ -87,12 +88,14 @@ def orthogonalize(
     as_torch = method == "quintic" and dtype == torch.bfloat16
     if as_torch:
         x = _normalized_as_torch(matrix, tall, overwrite)
+    elif in_gram_form and dtype != torch.float16 and matrix.dtype != torch.float16:
+        x = matrix.to(dtype).contiguous()  # the first part normalises its Gram matrix, which may be smaller
     else:
         x = _normalized(matrix, tall and not in_gram_form, dtype, overwrite)
     del matrix  # as below: where no reference is left, its memory serves the iteration
     if in_gram_form:
-        for part in segments(steps, dtype):
-            x = _gram_part(x, part, tall, symmetric)
+        for index, part in enumerate(segments(steps, dtype)):
+            x = _gram_part(x, part, tall, symmetric, normalize=index == 0)
         return x
     for iteration in coefficients(method, steps):
         x = _step(x, iteration, symmetric)
@@ -155,24 +158,49 @@ def _step(x: Tensor, iteration: Coefficients, symmetric: bool) -> Tensor:
     return _product(gram, x, add=x, beta=a)
 
 
-def _gram_part(x: Tensor, part: Sequence[Coefficients], tall: bool, symmetric: bool) -> Tensor:
-    """Several steps at once, on R = X X^T: with Z = b R + c R^2, Q <- Q (a I + Z) and R <- (a I + Z) R (a I + Z), last
-    Q X. A tall X has R = X^T X and becomes X Q: it is never transposed."""
+def _gram_part(
+    x: Tensor, part: Sequence[Coefficients], tall: bool, symmetric: bool, *, normalize: bool = False
+) -> Tensor:
+    """Several steps at once, on R = X X^T: with W = a I + b R + c R^2, Q <- Q W and R <- W R W, last Q X. A tall X has
+    R = X^T X and becomes X Q: it is never transposed.
+
+    To normalise X, R is divided by its trace, which is the squared Frobenius norm of X, and Q by the root of that: two
+    passes over s x s instead of s x l.
+    """
     r = _product(x.mT, x, symmetric=symmetric) if tall else _product(x, x.mT, symmetric=symmetric)
+    scale = None
+    if normalize:
+        # in float64, where a sum in any order is the same: alone or in a batch
+        trace = r.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64).clamp(min=TINY**2)
+        scale = trace.rsqrt().to(x.dtype)[..., None, None]
+        r.mul_(scale.square())
     q = None
-    for index, (a, b, c) in enumerate(part):
+    *earlier, last = part
+    for iteration in earlier:
+        w = _polynomial(r, iteration, symmetric)
+        q = w if q is None else _product(q, w, symmetric=symmetric)
+        r = _product(r, w, symmetric=symmetric)
+        r = _product(w, r, symmetric=symmetric)
+        del w  # here and below: memory that is not needed is free for the next product
+    if q is None:
+        q = _polynomial(r, last, symmetric)
+    else:  # Q (a I + Z) with Z = b R + c R^2: in W, a would swallow digits of Z
+        a, b, c = last
         z = _product(r, r, add=r, beta=b, alpha=c, symmetric=symmetric)
-        if index + 1 < len(part):
-            r = _product(r, z, add=r, beta=a, symmetric=symmetric)
-            r = _product(z, r, add=r, beta=a, symmetric=symmetric)
-        if q is None:
-            z.diagonal(dim1=-2, dim2=-1).add_(a)
-            q = z
-        else:
-            q = _product(q, z, add=q, beta=a, symmetric=symmetric)
-    assert q is not None
-    del r, z
+        q = _product(q, z, add=q, beta=a, symmetric=symmetric)
+        del z
+    del r
+    if scale is not None:
+        q.mul_(scale)
     return x @ q if tall else q @ x
+
+
+def _polynomial(r: Tensor, iteration: Coefficients, symmetric: bool) -> Tensor:
+    """a I + b R + c R^2."""
+    a, b, c = iteration
+    w = _product(r, r, add=r, beta=b, alpha=c, symmetric=symmetric)
+    w.diagonal(dim1=-2, dim2=-1).add_(a)
+    return w
 
 
 def _product(
