@@ -14,7 +14,7 @@ from unlearn.optim.newton_schulz import flops
 AdjustLr = Literal["match_rms_adamw", "original"]
 Qkv = Literal["fused", "split", "per-head"]
 
-BLOCK = 1 << 16  # elements
+BLOCK = 1 << 15  # elements: a few arrays of them stay in a core's cache
 FUSED_QKV = "query_key_value.weight"  # GPT-NeoX: [heads * 3 * head size, hidden], per head the rows of q, of k, of v
 
 
