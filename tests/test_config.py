@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ def test_published_values_of_each_mode() -> None:
     lora = TrainConfig(lora_rank=16)
     assert (lora.remove_coef, lora.retain_coef, lora.examples, lora.retain_loss) == (5.0, 5.0, 8192, "l2")
     assert (lora.adam_lr, lora.muon_lr, lora.lora_alpha, lora.lora_dropout) == (1e-3, None, 16.0, 0.05)
+    assert full.muon_floor == 0.01 and TrainConfig(optimizer="muon", muon_method="quintic").muon_floor == 0.0
     assert full.layers == (5, 10, 15, 20, 25, 30) and full.batch == 32
     assert full.lens == "EleutherAI/deep-ignorance-unfiltered-lens"
     assert full.output == "runs/deep-ignorance-unfiltered-full-muon"
@@ -33,6 +33,8 @@ def test_published_values_of_each_mode() -> None:
         ({"lora_targets": ("dense",)}, "--lora-targets"),
         ({"muon_lr": 0.1}, "--muon-lr"),
         ({"muon_method": "gram"}, "--muon-method"),
+        ({"muon_floor": 0.1}, "--muon-floor"),
+        ({"optimizer": "muon", "muon_method": "quintic", "muon_floor": 0.1}, "--muon-floor"),
         ({"optimizer": "muon", "lora_rank": 4, "muon_qkv": "split"}, "--muon-qkv"),
         ({"momentum": 0.9}, "--momentum"),
         ({"optimizer": "muon", "lora_rank": 4, "adam_lr": 0.1}, "--adam-lr"),
@@ -90,18 +92,14 @@ def test_target_layers_must_exist() -> None:
 
 @pytest.mark.parametrize("script", ["train.py", "evals/run.py", "evals/tamper.py", "-m unlearn", "launch/demo.py"])
 @pytest.mark.parametrize("flag", ["--help", "--no-such-flag"])
-def test_help_and_wrong_flags_answer_within_a_second(script: str, flag: str) -> None:
-    command = [sys.executable, *script.split(), flag]
-    started = time.monotonic()
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
-    seconds = time.monotonic() - started
-    assert (result.returncode == 0) == (flag == "--help"), result.stderr
-    assert "Traceback" not in result.stderr and (result.stdout + result.stderr).strip()
-    assert seconds < 1.0 or _slow_machine(), f"{seconds:.2f} s"
-
-
-def _slow_machine() -> bool:
-    """Whether starting Python with tyro alone takes most of a second (a loaded machine)."""
-    started = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import tyro"], check=True)
-    return time.monotonic() - started > 0.5
+def test_help_and_wrong_flags_answer_at_once(script: str, flag: str) -> None:
+    """Within a second on an idle machine: some 300 modules are imported, and torch alone would be 1,500 more."""
+    command = [sys.executable, "-X", "importtime", *script.split(), flag]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    said = [line for line in result.stderr.splitlines() if not line.startswith("import time:")]
+    imported = [line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if line not in said]
+    assert (result.returncode == 0) == (flag == "--help"), said
+    assert "Traceback" not in result.stderr and (result.stdout + "".join(said)).strip()
+    heavy = {"torch", "numpy", "transformers", "datasets", "lm_eval", "pyarrow", "scipy", "matplotlib"}
+    assert not heavy & {name.partition(".")[0] for name in imported}
+    assert 50 < len(imported) < 600

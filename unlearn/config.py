@@ -25,7 +25,7 @@ _FULL = {"retain_loss": "kl", "remove_coef": 2.0, "retain_coef": 1.0, "adam_lr":
 
 # Flags that have an effect in some modes only.
 _LORA_FLAGS = ("lora_alpha", "lora_dropout", "lora_targets")
-_MUON_FLAGS = ("muon_lr", "momentum", "muon_method", "muon_qkv")
+_MUON_FLAGS = ("muon_lr", "momentum", "muon_method", "muon_floor", "muon_qkv")
 _EVAL_FLAGS = ("eval_every", "data_dir", "include_path", "limit", "eval_subsample")
 _RETAIN_FLAGS = ("retain", "retain_column", "retain_template", "retain_loss", "retain_start")
 _FORGET_FLAGS = ("forget", "forget_column", "forget_template", "lens", "forget_loss", "prompts")
@@ -142,6 +142,10 @@ class TrainConfig(CorpusFlags, ResumeFlags):
     muon_method: Literal["gram", "polar-express", "quintic"] | None = None
     """How Muon orthogonalises: gram, the least work; polar-express, the same polynomials in standard form; quintic,
     less exact, torch.optim.Muon's bits. Default: gram."""
+    muon_floor: float | None = None
+    """Singular values of a matrix's direction that are below this share of its greatest pass in proportion, instead of
+    being lifted to full size: rounding is not trained on. 0: lift them all, as torch.optim.Muon does. Default: 0.01,
+    and 0 with quintic, which has none."""
     muon_qkv: Literal["fused", "split", "per-head"] | None = None
     """What Muon orthogonalises of GPT-NeoX's fused query_key_value, in full training: the whole; Q, K and V each; or
     each head's q, k and v. Default: fused."""
@@ -220,6 +224,7 @@ class TrainConfig(CorpusFlags, ResumeFlags):
             defaults |= {"lora_alpha": 16.0, "lora_dropout": 0.05}
         if self.optimizer == "muon":
             defaults |= {"muon_lr": 1e-3, "momentum": 0.95, "muon_method": "gram", "muon_qkv": "fused"}
+            defaults["muon_floor"] = 0.0 if self.muon_method == "quintic" else 0.01
         if self.micro_tokens is None:
             defaults["micro_batch"] = 1
         if self.retain_coef == 0.0:
@@ -246,6 +251,7 @@ class TrainConfig(CorpusFlags, ResumeFlags):
             (self.optimizer != "muon", "without --optimizer muon", _MUON_FLAGS),
             (self.lora_rank > 0, "with LoRA, whose matrices are not fused", ("muon_qkv",)),
             (not self.uses_adam, "with --optimizer muon and LoRA", ("adam_lr",)),
+            (self.muon_method == "quintic" and self.muon_floor != 0.0, "with --muon-method quintic", ("muon_floor",)),
             (not self.eval_tasks, "without --eval-tasks", _EVAL_FLAGS),
             (self.retain_coef == 0.0, "with --retain-coef 0", _RETAIN_FLAGS),
             (self.remove_coef == 0.0, "with --remove-coef 0", _FORGET_FLAGS),
@@ -304,6 +310,7 @@ def _check_numbers(config: TrainConfig) -> None:
         "adam_lr": (_positive(config.adam_lr), "a number above 0"),
         "muon_lr": (_positive(config.muon_lr), "a number above 0"),
         "momentum": (config.momentum is None or 0.0 <= config.momentum < 1.0, "a number in [0, 1)"),
+        "muon_floor": (config.muon_floor is None or 0.0 <= config.muon_floor < 1.0, "a number in [0, 1)"),
         "weight_decay": (_coefficient(config.weight_decay), "a finite number, 0 or more"),
         "clip": (config.clip > 0.0, "a number above 0, or inf"),
         "warmup_ratio": (0.0 <= config.warmup_ratio < 1.0, "a number in [0, 1)"),

@@ -20,7 +20,7 @@ from unlearn.config import TrainConfig
 from unlearn.errors import UserError
 from unlearn.losses import CHUNK
 from unlearn.model import blocks, blocks_prefix
-from unlearn.optim.newton_schulz import flops
+from unlearn.optim.polar import flops
 
 GIB = 2**30
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
@@ -201,7 +201,8 @@ def _orthogonalisation(config: TrainConfig, shape: Shape) -> float:
     matrices = list(shape.targets)
     if config.lora_rank:
         matrices = [pair for m, n in shape.targets for pair in ((config.lora_rank, n), (m, config.lora_rank))]
-    return float(sum(flops(rows, columns, config.muon_method or "gram") for rows, columns in matrices))
+    method, floor = config.muon_method or "gram", config.muon_floor or 0.0
+    return float(sum(flops(rows, columns, method, floor=floor) for rows, columns in matrices))
 
 
 def available_gib(device: torch.device) -> float:

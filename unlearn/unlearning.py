@@ -106,6 +106,7 @@ def build(config: TrainConfig, device: torch.device, inputs: Inputs | None = Non
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         method=config.muon_method or "gram",
+        floor=config.muon_floor,
         qkv=config.muon_qkv or "fused",
     )
     return Unlearning(config, model, inputs.tokenizer, objective, optimizers, objective.coefficients.steps)

@@ -26,6 +26,7 @@ from unlearn.errors import UserError
 from unlearn.optim.build import build_optimizers
 from unlearn.optim.layout import layout_of
 from unlearn.optim.muon import Muon
+from unlearn.optim.polar import FLOOR, wire_dtype
 
 # uneven shards, one row (empty shards), rows < ranks, several of a shape, and thin ones that are batched when whole
 SHAPES = {
@@ -37,6 +38,7 @@ SHAPES = {
     "f.row": (1, 33),
     "g.two": (2, 40),
     "h.large": (131, 200),
+    "l.wide": (90, 300),
     "i.thin": (8, 96),
     "j.thin": (8, 96),
     "k.tall": (96, 8),
@@ -49,6 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
     "not nesterov": {"nesterov": False},
     "quintic, not nesterov, bfloat16": {"method": "quintic", "nesterov": False, "dtype": torch.bfloat16},
     "bfloat16": {"dtype": torch.bfloat16},
+    "without a floor": {"floor": 0.0},
     "original, 3 steps": {"adjust_lr": "original", "steps": 3},
     "qkv split": {"qkv": "split", "heads": 4},
     "qkv per head": {"qkv": "per-head", "heads": 4},
@@ -144,8 +147,7 @@ def sent_bytes(kind: str) -> list[int]:
     exchange, sent = dist.all_to_all_single, []
 
     def counted(output: Tensor, given: Tensor, received: list[int], sizes: list[int], **rest: Any) -> Any:
-        assert given.dtype == torch.bfloat16
-        sent.append(2 * (sum(sizes) - sizes[dist.get_rank(rest["group"])]))
+        sent.append(given.dtype.itemsize * (sum(sizes) - sizes[dist.get_rank(rest["group"])]))
         return exchange(output, given, received, sizes, **rest)
 
     dist.all_to_all_single = counted
@@ -303,13 +305,14 @@ def test_a_checkpoint_of_two_ranks_continues_on_any_number(at_ranks: Any, ranks:
 
 @pytest.mark.parametrize("ranks", RANKS[1:])
 def test_bytes_and_collectives(at_ranks: Any, ranks: int) -> None:
-    """Two all-to-alls a round, no more rounds than the busiest owner has matrices; 2 x 2 bytes P / W (W - 1) / W."""
+    """Two all-to-alls a round, no more rounds than the busiest owner has matrices of either dtype; 2 x 2 bytes
+    P / W (W - 1) / W of large matrices, 2 x 4 of small ones."""
     sent = [results["sent"] for results in at_ranks(ranks)]
     assert len({len(calls) for calls in sent}) == 1 and len(sent[0]) % 2 == 0
     assert len(SHAPES) / ranks <= len(sent[0]) / 2 <= len(SHAPES)
-    total = sum(rows * columns for rows, columns in SHAPES.values())
+    total = sum(rows * columns * wire_dtype(rows, columns, FLOOR).itemsize for rows, columns in SHAPES.values())
     # rows that do not divide evenly leave a little to chance: who owns what
-    assert sum(map(sum, sent)) / ranks == pytest.approx(2 * 2 * total / ranks * (ranks - 1) / ranks, rel=0.1)
+    assert sum(map(sum, sent)) / ranks == pytest.approx(2 * total / ranks * (ranks - 1) / ranks, rel=0.1)
 
 
 def test_other_placements_are_refused(at_ranks: Any) -> None:

@@ -33,9 +33,10 @@ MODES = {
 }
 
 
-# Biases and LoRA's B start at zero: they are nothing but updates. Muon gives all directions of a matrix the same
-# weight, so that in B's weakest of three it is rounding that decides; equality to the bit is tested below.
-BOUNDS = {"full-muon": 1e-2, "lora-muon": 0.15}
+# Two orders of the float32 sums in a gradient differ by some 1e-7 of it. Biases and LoRA's B start at zero: they are
+# nothing but updates. An update of LoRA's under Muon is exact, and its floor of 0.01 lets such differences grow a
+# hundredfold, 1e-5 a step; those of large matrices are rounded to bfloat16 on their way, 2^-9 an element.
+BOUNDS = {"full-muon": 1e-2, "lora-muon": 1e-3}
 
 
 class Lines(MetricsLog):
@@ -85,8 +86,8 @@ def test_ranks_shards_and_accumulation_change_nothing(home: Path, mode: str) -> 
             for line, other in zip(lines, other_lines, strict=True):
                 assert line.keys() == other.keys()
                 # step 0 differs by the order of float32 sums alone; later steps also by what the optimizer made of
-                # that, and Muon rounds its products to bfloat16 (4e-3)
-                tolerance = 1e-5 if line["step"] == 0 else 2e-3 if "muon" in mode else 2e-4
+                # that, and Muon rounds large matrices to bfloat16 (4e-3)
+                tolerance = 1e-5 if line["step"] == 0 else 2e-3 if mode == "full-muon" else 2e-4
                 for key in line.keys() - {"tokens_per_second"}:
                     expected = pytest.approx(line[key], rel=tolerance, abs=1e-6)
                     assert other[key] == expected, (world_size, flags, line["step"], key)
@@ -98,6 +99,19 @@ def test_ranks_shards_and_accumulation_change_nothing(home: Path, mode: str) -> 
         first = results[0][1]
         for _, other_weights in results[1:]:
             assert all(torch.equal(other_weights[name], weight) for name, weight in first.items()), "ranks differ"
+
+
+@pytest.mark.parametrize("mode", ["lora-muon", "full-muon"])
+def test_twenty_steps_end_together(home: Path, mode: str) -> None:
+    """Muon lifted rounding to full size: two runs that differed in the order of float32 sums had parted, 0.15 to 0.62
+    of a weight's norm after three steps, by the make of processor."""
+    short = {"batch": 4, "examples": 40, "epochs": 2}
+    lines, weights = few_steps(home, mode, {"micro_batch": 4} | short)
+    assert len(lines) == 20
+    for other_lines, other_weights in run_ranks(3, few_steps, home, mode, {"micro_batch": 1, "shard": "full"} | short):
+        assert other_lines[-1]["loss"] == pytest.approx(lines[-1]["loss"], rel=BOUNDS[mode])
+        for name, weight in weights.items():
+            assert (other_weights[name] - weight).norm() < BOUNDS[mode] * weight.norm(), name
 
 
 def gradients_of(home: Path, mode: str, flags: dict[str, Any]) -> list[dict[str, Tensor]]:
@@ -151,14 +165,12 @@ def test_tied_weights(kind: str, mode: str, tmp_path: Path, tokenizer: PreTraine
 def test_two_micro_batches_on_one_rank_or_two_are_equal_to_the_bit(home: Path, mode: str) -> None:
     """Full global batches of two micro-batches a term: replicated on one rank; replicated and sharded on two.
 
-    Muon takes adapters in batches where they are whole, and one by one where they are sharded, which may round
-    otherwise: they are compared with one rank of the same layout.
+    Muon takes adapters in batches where they are whole, and one by one where they are sharded: their factor is computed
+    in float64, where the difference is far below float32's rounding.
     """
     flags: dict[str, Any] = {"micro_batch": 4, "examples": 48}
     ((lines, weights),) = run_ranks(1, few_steps, home, mode, flags)
     for shard in ("replicate", "full"):
-        if mode == "lora-muon" and shard == "full":
-            ((lines, weights),) = run_ranks(1, few_steps, home, mode, flags | {"shard": shard})
         for other_lines, other_weights in run_ranks(2, few_steps, home, mode, flags | {"shard": shard}):
             for line, other in zip(lines, other_lines, strict=True):
                 assert line["loss"] == pytest.approx(other["loss"], rel=1e-6)  # a sum of float32 shares

@@ -59,6 +59,7 @@ def build_optimizers(
     momentum: float | None = None,
     weight_decay: float = 0.01,
     method: Method = "gram",
+    floor: float | None = None,
     qkv: Qkv = "fused",
 ) -> dict[str, torch.optim.Optimizer]:
     """The optimizers of a run: {"adamw": ..} or {"muon": .., "adamw": ..}, without one that would get no parameter.
@@ -68,7 +69,7 @@ def build_optimizers(
     Args:
         optimizer: `adamw` or `muon`.
         adam_lr, muon_lr: peak learning rates of either.
-        momentum, method, qkv: of Muon.
+        momentum, method, floor, qkv: of Muon.
 
     Raises:
         UserError: nothing is trainable; or Muon was asked for and no matrix is; or Q, K and V were to be taken apart
@@ -92,6 +93,7 @@ def build_optimizers(
             momentum=momentum,
             weight_decay=weight_decay,
             method=method,
+            floor=floor,
             qkv=qkv,
             heads=None if qkv == "fused" else model.config.num_attention_heads,
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unlearn.optim.layout import Layout
-from unlearn.optim.newton_schulz import flops
+from unlearn.optim.polar import flops, wire_dtype
 
 AdjustLr = Literal["match_rms_adamw", "original"]
 Qkv = Literal["fused", "split", "per-head"]
@@ -40,7 +40,13 @@ class Matrix:
     def cost(self) -> int:
         """Floating-point operations of orthogonalising it."""
         count, rows, columns = self._pieces
-        return count * flops(rows, columns, self.settings["method"], self.settings["steps"])
+        settings = self.settings
+        return count * flops(rows, columns, settings["method"], floor=settings["floor"], steps=settings["steps"])
+
+    @property
+    def wire(self) -> torch.dtype:
+        """The dtype of what is orthogonalised, and of the update, wherever they are sent."""
+        return wire_dtype(*self._pieces[1:], self.settings["floor"])
 
     @property
     def divided(self) -> bool:
@@ -52,8 +58,8 @@ class Matrix:
         return self.layout.rows(self.shape[0], shard) * self.shape[1]
 
     def advance(self, direction: Tensor | None) -> None:
-        """Step the momentum, and write this rank's rows of what is to be orthogonalised into `direction`, bfloat16
-        [rows, n] or flat, if this rank is to send or keep them."""
+        """Step the momentum, and write this rank's rows of what is to be orthogonalised into `direction`, [rows, n] or
+        flat in the dtype `wire`, if this rank is to send or keep them."""
         beta = self.settings["momentum"]
         kept = self.momentum if direction is None else direction.view(self.momentum.shape)
         for gradient, momentum, out in _blocks(self.gradient, self.momentum, kept):
@@ -66,7 +72,7 @@ class Matrix:
                 out.copy_(momentum)
 
     def update(self, rows: Tensor) -> None:
-        """Decay this rank's rows of the weight, then move them against `rows`, bfloat16 [rows, n] or flat."""
+        """Decay this rank's rows of the weight, then move them against `rows`, [rows, n] or flat."""
         lr, decay = self.settings["lr"], self.settings["weight_decay"]
         alpha = -lr * lr_scale(self._pieces[1:], self.settings["adjust_lr"])
         for weight, step in _blocks(self.weight, rows.view(self.weight.shape)):

@@ -1,5 +1,6 @@
 """Muon (Keller Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): momentum, then orthogonalisation."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -10,31 +11,37 @@ from torch.distributed.tensor import DTensor
 
 from unlearn.distributed import world_size
 from unlearn.errors import UserError
-from unlearn.optim.layout import layout_of, mesh_dimensions
+from unlearn.optim.layout import Layout, layout_of, mesh_dimensions
 from unlearn.optim.matrix import FUSED_QKV, AdjustLr, Matrix, Qkv
-from unlearn.optim.newton_schulz import Method, orthogonalize
+from unlearn.optim.newton_schulz import Method
+from unlearn.optim.polar import FLOOR, polar_factor
 from unlearn.optim.rounds import pipeline, plan, run_round
 
 SMALL_SIDE, BATCH = 128, 64
 BLOCK_ASPECT = 4  # no weight of a transformer block is longer for its width than this; adapters are
+ROUNDING = 2.0**-20  # eight float32 roundings: a root mean square this far below the greatest gradient's is noise
 
 
 class Muon(torch.optim.Optimizer):
     """Muon for matrices that are sharded by FSDP2 (one- or two-dimensional meshes), whole on every rank, or mixed.
 
     The weights after a step are the same bits on any number of ranks: a matrix is orthogonalised whole, by one rank,
-    from the same bfloat16 numbers in the same products; all else is elementwise. With `quintic` they are also those
-    of `torch.optim.Muon` in one process.
+    from the same numbers in the same products; all else is elementwise. With `quintic` they are also those of
+    `torch.optim.Muon` in one process.
+
+    Nor is it a magnifier of rounding, as orthogonalisation by itself is: singular values below `floor` of the greatest
+    pass in proportion (`polar.py`), and a gradient that is nothing but rounding beside the others counts as zero.
 
     Communication of one step, with W = R S ranks, of which S hold a matrix together, R times over; P parameters:
 
-    1. One all-reduce of two bytes a matrix: which gradients are missing, which are not finite. If one is not finite
-       on some rank, every rank raises, and nothing has been changed.
+    1. One all-reduce of 16 bytes a matrix: which gradients are missing, and their sums of squares. If one is not
+       finite on some rank, every rank raises, and nothing has been changed.
     2. Momentum is stepped where it lies, in the parameter's own placement: no communication.
     3. Every matrix has one owner, by longest processing time over the operations of its Newton-Schulz iteration. In
        rounds of at most one matrix for each owner: the S ranks of a replica send their rows of the direction to the
-       owners among them, through one uneven all-to-all in bfloat16; the owner orthogonalises; another all-to-all
-       brings the rows of the updates back. Each way a rank sends 2 P / W (S - 1) / S bytes on average. With R > 1
+       owners among them, through one uneven all-to-all in bfloat16 (float32 for a short side up to 64, whose factor
+       is exact); the owner orthogonalises; another all-to-all brings the rows of the updates back. Each way a rank
+       sends 2 P / W (S - 1) / S bytes on average. With R > 1
        each replica then passes its updates' shards on to the other R - 1, by broadcast, a shard at a time.
     4. While one round is orthogonalised the next is on its way to its owners and the one before on its way back.
        Peak memory above weights, gradients and momenta: about five times the largest matrix in bfloat16 if R = 1, and
@@ -57,7 +64,10 @@ class Muon(torch.optim.Optimizer):
         weight_decay: decoupled; each step multiplies a weight by 1 - lr * weight_decay, with the unadjusted lr.
         adjust_lr: `match_rms_adamw` multiplies lr by 0.2 sqrt(max(m, n)), so that an update's root mean square is that
             of AdamW (Liu et al. 2025, https://arxiv.org/abs/2502.16982); `original` by sqrt(max(1, m / n)).
-        method, steps: of the Newton-Schulz iteration, see `newton_schulz.py`.
+        method: of the Newton-Schulz iteration, see `newton_schulz.py`.
+        floor: share of the greatest singular value below which others pass in proportion, in [0, 1); by default 0.01,
+            and 0 with `quintic`, which has none. With 0, rounding too is lifted to full size, as by torch's.
+        steps: iterations; by default as many as the floor needs, and 5 without one.
         qkv: how GPT-NeoX's `query_key_value.weight` is orthogonalised: `fused`, as one matrix; `split`, Q, K and V
             each; `per-head`, each head's q, k and v each. `adjust_lr` then goes by the shape of a piece.
         heads: attention heads, for `split` and `per-head`.
@@ -77,12 +87,14 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.01,
         adjust_lr: AdjustLr = "match_rms_adamw",
         method: Method = "gram",
-        steps: int = 5,
+        floor: float | None = None,
+        steps: int | None = None,
         qkv: Qkv = "fused",
         heads: int | None = None,
     ):
         defaults: dict[str, Any] = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
         defaults |= {"adjust_lr": adjust_lr, "method": method, "steps": steps, "qkv": qkv, "heads": heads}
+        defaults["floor"] = default_floor(method) if floor is None else floor
         super().__init__(named_parameters, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -122,26 +134,35 @@ class Muon(torch.optim.Optimizer):
         ]
         if not named:
             return []
-        present = _present_everywhere([(name, parameter.grad) for name, parameter, _ in named], named[0][1].device)
+        layouts = [layout_of(name, parameter) for name, parameter, _ in named]
+        norms = _root_mean_squares(named, layouts)
+        greatest = max(norms.values(), default=0.0)
         return [
             Matrix(
                 name,
                 _local(parameter),
-                torch.zeros_like(_local(parameter)) if parameter.grad is None else _local(parameter.grad),
+                _gradient(parameter, is_noise=group["floor"] > 0.0 and norms[name] <= ROUNDING * greatest),
                 _local(self.state[parameter]["momentum_buffer"]),
                 (parameter.shape[0], parameter.shape[1]),
-                layout_of(name, parameter),
+                layout,
                 group,
             )
-            for (name, parameter, group), found in zip(named, present, strict=True)
-            if found
+            for (name, parameter, group), layout in zip(named, layouts, strict=True)
+            if name in norms
         ]
+
+
+def default_floor(method: Method) -> float:
+    """The floor of a method, where none is given."""
+    return 0.0 if method == "quintic" else FLOOR
 
 
 def _check_group(group: dict[str, Any]) -> None:
     """Raise unless every parameter is a named matrix, in a known layout, that can be taken apart as the group says."""
     if "param_names" not in group:
         raise ValueError("expected named parameters for Muon; found parameters alone: give (name, parameter) pairs")
+    if not 0.0 <= group["floor"] < 1.0 or (group["method"] == "quintic" and group["floor"] > 0.0):
+        raise ValueError(f"expected a floor in [0, 1), 0 with quintic; found {group['floor']} with {group['method']}")
     named = dict(zip(group["param_names"], group["params"], strict=True))
     for name, parameter in named.items():
         if parameter.ndim != 2:
@@ -162,39 +183,44 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _present_everywhere(gradients: Sequence[tuple[str, Tensor | None]], device: torch.device) -> list[bool]:
-    """Whether each gradient is there on some rank; `UserError`, on every rank, if one is not finite on some."""
-    flags = torch.zeros(2, len(gradients), dtype=torch.uint8, device=device)
-    for index, (_, gradient) in enumerate(gradients):
-        if gradient is not None:
-            flags[0, index] = 1
-            flags[1, index] = ~torch.isfinite(_local(gradient).sum())  # one pass that only reads
-    present, doubtful = _greatest(flags).tolist()
-    if any(doubtful):
-        _raise_unless_finite([pair for pair, flag in zip(gradients, doubtful, strict=True) if flag], device)
-    return [bool(flag) for flag in present]
+def _gradient(parameter: nn.Parameter, *, is_noise: bool) -> Tensor:
+    """This rank's part of a gradient; zeros if it is missing here, or nothing but rounding."""
+    if parameter.grad is None or is_noise:
+        return torch.zeros_like(_local(parameter))
+    return _local(parameter.grad)
 
 
-def _raise_unless_finite(doubtful: Sequence[tuple[str, Tensor | None]], device: torch.device) -> None:
-    """Look at each element: a sum of finite numbers may have overflowed."""
-    flags = torch.zeros(len(doubtful), dtype=torch.uint8, device=device)
-    for index, (_, gradient) in enumerate(doubtful):
-        if gradient is not None:
-            flags[index] = ~torch.isfinite(_local(gradient)).all()
-    found = [name for (name, _), flag in zip(doubtful, _greatest(flags).tolist(), strict=True) if flag]
+def _root_mean_squares(
+    named: Sequence[tuple[str, nn.Parameter, dict[str, Any]]], layouts: Sequence[Layout]
+) -> dict[str, float]:
+    """That of each gradient that is there on some rank, the same on all; `UserError`, on every rank, if one of them is
+    not finite. In float64, where no sum of squares overflows."""
+    device = named[0][1].device
+    local = [None if parameter.grad is None else _local(parameter.grad) for _, parameter, _ in named]
+    there = [part for part in local if part is not None]
+    norms = iter(torch._foreach_norm(there, 2, dtype=torch.float64) if there else ())
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    squares = torch.stack([zero if part is None else next(norms).square() for part in local])
+    present = torch.tensor([part is not None for part in local], dtype=torch.float64).to(device)
+    sums = torch.stack([present, squares])
+    if world_size() > 1:
+        dist.all_reduce(sums)
+    found, totals = sums.tolist()
+    _raise_unless_finite([name for (name, _, _), total in zip(named, totals, strict=True) if not math.isfinite(total)])
+    return {
+        name: math.sqrt(total / layout.replicas / parameter.numel())
+        for (name, parameter, _), layout, count, total in zip(named, layouts, found, totals, strict=True)
+        if count > 0
+    }
+
+
+def _raise_unless_finite(found: Sequence[str]) -> None:
     if found:
         raise UserError(
             f"expected finite gradients; found NaN or infinity in that of {found[0]}"
             + (f" and {len(found) - 1} more" if len(found) > 1 else "")
             + ", before any weight was changed: lower the learning rates"
         )
-
-
-def _greatest(flags: Tensor) -> Tensor:
-    """The elementwise maximum over all ranks, in place."""
-    if world_size() > 1:
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return flags
 
 
 def _sizes(matrices: Iterable[Matrix]) -> tuple[list[Matrix], list[Matrix]]:
@@ -208,7 +234,7 @@ def _sizes(matrices: Iterable[Matrix]) -> tuple[list[Matrix], list[Matrix]]:
     for matrix in matrices:
         short, long = sorted(matrix.shape)
         thin = short <= SMALL_SIDE and long > BLOCK_ASPECT * short
-        (small if thin and not matrix.layout.sharded else large).append(matrix)
+        (small if thin and not matrix.divided and not matrix.layout.sharded else large).append(matrix)
     return small, large
 
 
@@ -226,10 +252,11 @@ def _batches(matrices: Iterable[Matrix]) -> Iterator[Sequence[Matrix]]:
 def _update_batch(matrices: Sequence[Matrix]) -> None:
     """Update small matrices of one shape on every rank."""
     first = matrices[0]
-    directions = first.weight.new_empty(len(matrices), *first.shape, dtype=torch.bfloat16)
+    directions = first.weight.new_empty(len(matrices), *first.shape, dtype=first.wire)
     for matrix, direction in zip(matrices, directions, strict=True):
         matrix.advance(direction)
     several = directions if len(matrices) > 1 else directions[0]
-    updates = orthogonalize(several, first.settings["method"], first.settings["steps"]).reshape(directions.shape)
+    method, floor, steps = first.settings["method"], first.settings["floor"], first.settings["steps"]
+    updates = polar_factor(several, method, floor=floor, steps=steps).reshape(directions.shape)
     for matrix, update in zip(matrices, updates, strict=True):
         matrix.update(update)

@@ -10,7 +10,7 @@ X <- p(X) = a X + b (X X^T) X + c (X X^T)^2 X, which moves each singular value t
 Which to take, as `python benchmarks/muon.py` measures it: `gram`, unless torch's very bits are wanted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -95,7 +95,7 @@ def orthogonalize(
     del matrix  # as below: where no reference is left, its memory serves the iteration
     if in_gram_form:
         for index, part in enumerate(segments(steps, dtype)):
-            x = _gram_part(x, part, tall, symmetric, normalize=index == 0)
+            x = gram_part(x, part, tall, symmetric=symmetric, normalize=by_trace if index == 0 else None)
         return x
     for iteration in coefficients(method, steps):
         x = _step(x, iteration, symmetric)
@@ -153,57 +153,73 @@ def _normalized(matrix: Tensor, tall: bool, dtype: torch.dtype, overwrite: bool)
 def _step(x: Tensor, iteration: Coefficients, symmetric: bool) -> Tensor:
     """a X + (b G + c G^2) X with G = X X^T."""
     a, b, c = iteration
-    gram = _product(x, x.mT, symmetric=symmetric)
-    gram = _product(gram, gram, add=gram, beta=b, alpha=c, symmetric=symmetric)
-    return _product(gram, x, add=x, beta=a)
+    gram = product(x, x.mT, symmetric=symmetric)
+    gram = product(gram, gram, add=gram, beta=b, alpha=c, symmetric=symmetric)
+    return product(gram, x, add=x, beta=a)
 
 
-def _gram_part(
-    x: Tensor, part: Sequence[Coefficients], tall: bool, symmetric: bool, *, normalize: bool = False
+def gram_part(
+    x: Tensor,
+    part: Sequence[Coefficients],
+    tall: bool,
+    *,
+    symmetric: bool = False,
+    normalize: Callable[[Tensor], tuple[Tensor, Tensor | None]] | None = None,
 ) -> Tensor:
     """Several steps at once, on R = X X^T: with W = a I + b R + c R^2, Q <- Q W and R <- W R W, last Q X. A tall X has
     R = X^T X and becomes X Q: it is never transposed.
 
-    To normalise X, R is divided by its trace, which is the squared Frobenius norm of X, and Q by the root of that: two
-    passes over s x s instead of s x l.
+    To normalise X, R is divided by the square of a norm of X, and Q by the norm: two passes over s x s instead of
+    s x l.
+
+    Args:
+        normalize: divides R in place; gives what to multiply X by, [.., 1, 1], and R^2 if it came by it.
     """
-    r = _product(x.mT, x, symmetric=symmetric) if tall else _product(x, x.mT, symmetric=symmetric)
-    scale = None
-    if normalize:
-        # in float64, where a sum in any order is the same: alone or in a batch
-        trace = r.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64).clamp(min=TINY**2)
-        scale = trace.rsqrt().to(x.dtype)[..., None, None]
-        r.mul_(scale.square())
+    r = product(x.mT, x, symmetric=symmetric) if tall else product(x, x.mT, symmetric=symmetric)
+    scale, square = (None, None) if normalize is None else normalize(r)
     q = None
     *earlier, last = part
     for iteration in earlier:
-        w = _polynomial(r, iteration, symmetric)
-        q = w if q is None else _product(q, w, symmetric=symmetric)
-        r = _product(r, w, symmetric=symmetric)
-        r = _product(w, r, symmetric=symmetric)
+        w = polynomial(r, iteration, symmetric, square)
+        square = None
+        q = w if q is None else product(q, w, symmetric=symmetric)
+        r = product(r, w, symmetric=symmetric)
+        r = product(w, r, symmetric=symmetric)
         del w  # here and below: memory that is not needed is free for the next product
     if q is None:
-        q = _polynomial(r, last, symmetric)
+        q = polynomial(r, last, symmetric, square)
     else:  # Q (a I + Z) with Z = b R + c R^2: in W, a would swallow digits of Z
         a, b, c = last
-        z = _product(r, r, add=r, beta=b, alpha=c, symmetric=symmetric)
-        q = _product(q, z, add=q, beta=a, symmetric=symmetric)
+        z = product(r, r, add=r, beta=b, alpha=c, symmetric=symmetric)
+        q = product(q, z, add=q, beta=a, symmetric=symmetric)
         del z
-    del r
+    del r, square
     if scale is not None:
         q.mul_(scale)
     return x @ q if tall else q @ x
 
 
-def _polynomial(r: Tensor, iteration: Coefficients, symmetric: bool) -> Tensor:
-    """a I + b R + c R^2."""
+def by_trace(r: Tensor) -> tuple[Tensor, None]:
+    """Divide R = X X^T by its trace, the squared Frobenius norm of X; in place."""
+    # in float64, where a sum in any order is the same: alone or in a batch
+    trace = r.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64).clamp(min=TINY**2)
+    scale = trace.rsqrt().to(r.dtype)[..., None, None]
+    r.mul_(scale.square())
+    return scale, None
+
+
+def polynomial(r: Tensor, iteration: Coefficients, symmetric: bool, square: Tensor | None = None) -> Tensor:
+    """a I + b R + c R^2; in the memory of R^2 where that is given."""
     a, b, c = iteration
-    w = _product(r, r, add=r, beta=b, alpha=c, symmetric=symmetric)
+    if square is None:
+        w = product(r, r, add=r, beta=b, alpha=c, symmetric=symmetric)
+    else:
+        w = square.mul_(c).add_(r, alpha=b)
     w.diagonal(dim1=-2, dim2=-1).add_(a)
     return w
 
 
-def _product(
+def product(
     left: Tensor,
     right: Tensor,
     *,
@@ -229,7 +245,7 @@ def _symmetric_product(left: Tensor, right: Tensor, add: Tensor | None, beta: fl
     for start in range(0, size, step):
         end = min(start + step, size)
         part = None if add is None else add[..., start:end, start:]
-        out[..., start:end, start:] = _product(
+        out[..., start:end, start:] = product(
             left[..., start:end, :], right[..., :, start:], add=part, beta=beta, alpha=alpha
         )
         out[..., end:, start:end] = out[..., start:end, end:].mT

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unlearn.optim.layout import Layout, assign
 from unlearn.optim.matrix import Matrix
-from unlearn.optim.newton_schulz import orthogonalize
+from unlearn.optim.polar import polar_factor
 
 Place = tuple[int, int]  # (replica, shard)
 
@@ -19,16 +19,17 @@ def plan(matrices: Sequence[Matrix], ranks: int) -> list[tuple[Layout, dict[Plac
     """Rounds of at most one matrix for each rank: what `run_round` takes, the same on every rank.
 
     Owners are found over all matrices at once, whatever their layouts, and shape by shape: a tall matrix and its
-    transpose take the same operations, but not quite the same time. A round has matrices of one layout, and of one
-    size as far as there are. Rounds of small matrices come between those of large ones: three are in flight at once,
-    and their memory adds up.
+    transpose take the same operations, but not quite the same time. A round has matrices of one layout and one dtype on
+    the way, and of one size as far as there are. Rounds of small matrices come between those of large ones: three are
+    in flight at once, and their memory adds up.
     """
     named = {matrix.name: matrix for matrix in sorted(matrices, key=lambda matrix: (matrix.shape, matrix.name))}
-    queues: dict[Layout, dict[int, list[Matrix]]] = {}
+    queues: dict[tuple[Layout, torch.dtype], dict[int, list[Matrix]]] = {}
     for name, owner in assign({name: matrix.cost for name, matrix in named.items()}, ranks).items():
-        queues.setdefault(named[name].layout, {}).setdefault(owner, []).append(named[name])
+        matrix = named[name]
+        queues.setdefault((matrix.layout, matrix.wire), {}).setdefault(owner, []).append(matrix)
     rounds = []
-    for layout, owned in queues.items():
+    for (layout, _), owned in queues.items():
         places = {at: (r, s) for r, replica in enumerate(layout.places) for s, at in enumerate(replica)}
         for index in _mixed(max(map(len, owned.values()))):
             rounds.append((layout, {places[at]: queue[index] for at, queue in owned.items() if index < len(queue)}))
@@ -78,9 +79,9 @@ def run_round(layout: Layout, owned: Mapping[Place, Matrix]) -> Iterator[None]:
 
 
 def _directions(layout: Layout, owned: Mapping[Place, Matrix], sizes: Sequence[int]) -> Tensor:
-    """Step the momenta of the whole round; the directions for this replica's owners, in their order, in bfloat16."""
-    weight = next(iter(owned.values())).weight
-    directions = weight.new_empty(sum(sizes), dtype=torch.bfloat16)
+    """Step the momenta of the whole round; the directions for this replica's owners, in their order."""
+    first = next(iter(owned.values()))
+    directions = first.weight.new_empty(sum(sizes), dtype=first.wire)
     pieces = dict(enumerate(directions.split(list(sizes))))
     for (replica, shard), matrix in owned.items():
         matrix.advance(pieces[shard] if replica == layout.replica else None)
@@ -103,9 +104,10 @@ def _orthogonalize(own: Matrix | None, whole: Tensor) -> Tensor:
     """Orthogonalise this rank's matrix of the round, flat, if it has one."""
     if own is None:
         return whole
-    pieces = [own.split(whole)]
+    pieces, settings = [own.split(whole)], own.settings
     del whole  # and popped below: no reference is left here, and its memory serves the iteration
-    return own.join(orthogonalize(pieces.pop(), own.settings["method"], own.settings["steps"], overwrite=True))
+    method, floor, steps = settings["method"], settings["floor"], settings["steps"]
+    return own.join(polar_factor(pieces.pop(), method, floor=floor, steps=steps, overwrite=True))
 
 
 def _broadcasts(layout: Layout, owned: Mapping[Place, Matrix], mine: Tensor) -> list[tuple[Any, list[Matrix], Tensor]]:
