@@ -60,7 +60,7 @@ def unlearn(run: "Unlearning", this: "Attempt", evaluation: "Evaluation | None")
             read_lens(run, folder, "before")
         train(
             run.model,
-            run.objective,
+            run.loss,
             run.optimizers,
             steps=run.steps,
             schedule=linear_schedule(run.steps, config.warmup_ratio),
@@ -94,7 +94,7 @@ def _evaluate(run: "Unlearning", evaluation: "Evaluation | None", folder: Path, 
         return
     from evals.summary import write_summary
 
-    with run.autocast():
+    with run.loss.precision():
         result = evaluation.run(run.model, name=f"{run.config.model} after {step} steps")
     log.write({"step": step, **write_summary(result, folder / "evals" / f"step-{step:06d}.json")})
 

@@ -13,6 +13,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,91 +24,133 @@ from torch import Tensor
 
 from unlearn.building import original_model
 from unlearn.config import TrainConfig
-from unlearn.data import Batches, Rows
-from unlearn.lora import set_dropout_rows
-from unlearn.losses import kl_divergence, uniform_per_token
+from unlearn.data import Rows
+from unlearn.losses import kl_divergence
 from unlearn.memory import GIB, Layout, Shape, peak_gib
+from unlearn.methods import lens as lens_method
+from unlearn.methods.terms import Cost, Numbers, Parts, Plain, Source, Term
 from unlearn.model import empty_model, residual_streams
-from unlearn.objectives.lens import LensObjective
 from unlearn.simulate import simulated_peak
 
 WHOLE = 1 << 40  # a chunk that holds every token
 
 
-class JointGraph(LensObjective):
+def joint_graph(config: TrainConfig, parts: Parts) -> list[Term]:
     """The lens's graph kept beside the model's, all layers at once, instead of two stages."""
+    forget, retain = lens_method.terms(config, parts)
+    read_off = lens_method.ReadOff(config, parts, 0)
 
-    def _forget(self, batches: Batches, rows: Rows, step: int, coefficient: float) -> dict[str, Tensor]:
-        set_dropout_rows(self.model, rows.keys)
-        with self.autocast():
-            streams = residual_streams(self.model, rows.input_ids, self.layers)
-        shares = [self.loss_of(rows.at_real(streams[layer]), layer) for layer in self.layers]
-        total = torch.stack(shares).sum() / batches.tokens(step)
-        (coefficient * total).backward()
-        return {"tokens": torch.tensor(rows.tokens), "forget_loss": total.detach()}
+    def cost(rows: Rows) -> Cost:
+        streams = residual_streams(parts.model, rows.input_ids, config.layers)
+        return Plain(
+            torch.stack([read_off.layer_loss(rows, streams[layer], layer)[0] for layer in config.layers]).sum()
+        )
 
-    def loss_of(self, stream: Tensor, layer: int) -> Tensor:
-        """Sum over tokens of one layer's loss."""
-        return uniform_per_token(self.lens.hidden(stream, layer), self.lens.unembedding)[0].sum()
+    return [dataclasses.replace(forget, cost=cost), retain]
 
 
-class StoredGradients(LensObjective):
-    """Every layer's dL/dh computed first, and kept until one backward starts from all of them."""
-
-    def _forget(self, batches: Batches, rows: Rows, step: int, coefficient: float) -> dict[str, Tensor]:
-        set_dropout_rows(self.model, rows.keys)
-        with self.autocast():
-            streams = residual_streams(self.model, rows.input_ids, self.layers)
-        leaves = self.stored(streams, batches, rows, step, coefficient)
-        torch.autograd.backward([*streams.values()], [leaf.grad for leaf in leaves])
-        return {"tokens": torch.tensor(rows.tokens), "forget_loss": torch.tensor(0.0)}
-
-    def stored(
-        self, streams: Mapping[int, Tensor], batches: Batches, rows: Rows, step: int, coefficient: float
-    ) -> list[Tensor]:
-        """Detached streams with their gradients."""
-        leaves = {layer: stream.detach().requires_grad_() for layer, stream in streams.items()}
-        for layer, leaf in leaves.items():
-            (coefficient * self.layer_loss(leaf, layer, rows, batches, step)[0]).backward()
-        return list(leaves.values())
-
-
-class WholeLogits(JointGraph):
+def whole_logits(config: TrainConfig, parts: Parts) -> list[Term]:
     """[tokens, V] float32 log-probabilities of every layer at once: the documented out-of-memory."""
 
-    def loss_of(self, stream: Tensor, layer: int) -> Tensor:
-        logits = self.lens.hidden(stream, layer) @ self.lens.unembedding.T
-        return -torch.log_softmax(logits.float(), dim=-1).mean(dim=-1).sum() / math.log(logits.shape[-1])
+    def per_token(hidden: Tensor, unembedding: Tensor, softcap: float | None = None) -> tuple[Tensor, Tensor]:
+        logits = hidden @ unembedding.T
+        losses = -torch.log_softmax(logits.float(), dim=-1).mean(dim=-1) / math.log(logits.shape[-1])
+        return losses, torch.zeros_like(losses)
+
+    lens_method.uniform_per_token = per_token  # type: ignore[assignment]  # in the simulation's own process
+    return joint_graph(config, parts)
 
 
-class OneBackward(StoredGradients):
+@dataclass(frozen=True)
+class Stored:
+    """Every layer's dL/dh computed first, and kept until one backward starts from all of them."""
+
+    read_off: lens_method.ReadOff
+    rows: Rows
+    streams: Mapping[int, Tensor]
+
+    def leaves(self, weight: float) -> list[Tensor]:
+        """Detached streams with their gradients."""
+        found = []
+        for layer, stream in self.streams.items():
+            leaf = stream.detach().requires_grad_()
+            (weight * self.read_off.layer_loss(self.rows, leaf, layer)[0]).backward()
+            found.append(leaf)
+        return found
+
+    def backward(self, weight: float) -> tuple[Tensor, Numbers]:
+        gradients = [leaf.grad for leaf in self.leaves(weight)]
+        torch.autograd.backward([*self.streams.values()], gradients)
+        return torch.tensor(0.0), {}
+
+
+def stored_gradients(config: TrainConfig, parts: Parts) -> list[Term]:
+    """See `Stored`."""
+    forget, retain = lens_method.terms(config, parts)
+    read_off = lens_method.ReadOff(config, parts, 0)
+
+    def cost(rows: Rows) -> Cost:
+        return Stored(read_off, rows, residual_streams(parts.model, rows.input_ids, config.layers))
+
+    return [dataclasses.replace(forget, cost=cost), retain]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A micro-batch of forget rows and one of retain rows."""
+
+    forget: Rows
+    retain: Rows
+
+    @property
+    def keys(self) -> Tensor:
+        return self.forget.keys
+
+    @property
+    def tokens(self) -> int:
+        return self.forget.tokens + self.retain.tokens
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Both corpora's micro-batches side by side."""
+
+    forget: Source
+    retain: Source
+
+    def micro_batches(self, step: int, device: torch.device) -> Iterator[Pair]:
+        both = (source.micro_batches(step, device) for source in (self.forget, self.retain))
+        return (Pair(*pair) for pair in zip(*both, strict=True))
+
+
+@dataclass(frozen=True)
+class Both:
+    """The costs of two terms, differentiated by one backward."""
+
+    stored: Stored
+    plain: Plain
+
+    def backward(self, weight: float) -> tuple[Tensor, Numbers]:
+        gradients = [leaf.grad for leaf in self.stored.leaves(weight)]
+        torch.autograd.backward([*self.stored.streams.values(), weight * self.plain.value], [*gradients, None])
+        return torch.tensor(0.0), {}
+
+
+def one_backward(config: TrainConfig, parts: Parts) -> list[Term]:
     """Both terms' losses first, one backward for both."""
+    forget, retain = stored_gradients(config, parts)
 
-    def terms(self, step: int) -> Iterator[Mapping[str, Tensor | float]]:
-        remove, retain = self.coefficients.at(step)
-        assert self.forget is not None and self.retain is not None
-        device = self.lens.unembedding.device
-        pairs = zip(self.forget.micro_batches(step, device), self.retain.micro_batches(step, device), strict=True)
-        for forget, retained in pairs:
-            streams = residual_streams(self.model, forget.input_ids, self.layers)
-            leaves = self.stored(streams, self.forget, forget, step, remove)
-            losses: list[Tensor] = []
-            with mock.patch.object(Tensor, "backward", lambda loss, kept=losses: kept.append(loss)):
-                self._retain_kl(self.retain.tokens(step), retained, retain)
-            torch.autograd.backward([*streams.values(), *losses], [*(leaf.grad for leaf in leaves), None])
-        yield {"tokens": torch.tensor(0.0)}
+    def cost(pair: Pair) -> Cost:
+        return Both(forget.cost(pair.forget), retain.cost(pair.retain))  # type: ignore[arg-type]
 
-
-def same_fields(kind: type[LensObjective]) -> Callable[[LensObjective], LensObjective]:
-    """Make an objective of another class out of one, with the same parts."""
-    return lambda objective: kind(**{f.name: getattr(objective, f.name) for f in dataclasses.fields(objective)})
+    return [Term("both", Pairs(forget.batches, retain.batches), cost)]  # type: ignore[arg-type]
 
 
 def rows(config: TrainConfig, layout: Layout) -> Iterator[tuple[str, Callable[[], float]]]:
     """(what was changed, a function that simulates it)."""
 
-    def simulate(other: TrainConfig = config, change: Any = lambda objective: objective) -> float:
-        return simulated_peak(other, layout, change) / GIB
+    def simulate(other: TrainConfig = config, method: Any = lens_method.terms) -> float:
+        return simulated_peak(other, layout, method) / GIB
 
     def patched(target: str, value: Any) -> float:
         with mock.patch(target, value):
@@ -117,16 +160,16 @@ def rows(config: TrainConfig, layout: Layout) -> Iterator[tuple[str, Callable[[]
         return kl_divergence(*given, **named, chunk=WHOLE)
 
     yield "this design", simulate
-    yield "all logits of all layers at once", lambda: simulate(change=same_fields(WholeLogits))
-    yield "lens in chunks, joint graph", lambda: simulate(change=same_fields(JointGraph))
-    yield "all layers' gradients kept", lambda: simulate(change=same_fields(StoredGradients))
+    yield "all logits of all layers at once", lambda: simulate(method=whole_logits)
+    yield "lens in chunks, joint graph", lambda: simulate(method=joint_graph)
+    yield "all layers' gradients kept", lambda: simulate(method=stored_gradients)
     yield (
         "a whole copy of the original on every GPU",
         lambda: patched("unlearn.simulate.original_model", lambda other, mesh: original_model(other, None)),
     )
-    yield "one backward for both terms", lambda: simulate(change=same_fields(OneBackward))
+    yield "one backward for both terms", lambda: simulate(method=one_backward)
     yield "float32 compute", lambda: simulate(dataclasses.replace(config, dtype="fp32"))
-    yield "KL over all tokens at once", lambda: patched("unlearn.objectives.lens.kl_divergence", whole_kl)
+    yield "KL over all tokens at once", lambda: patched("unlearn.methods.retain.kl_divergence", whole_kl)
     yield "no activation checkpointing", lambda: simulate(dataclasses.replace(config, checkpoint_activations=False))
 
 

@@ -19,16 +19,17 @@ from typing import Any, Literal
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from unlearn.building import lens_objective, original_model, trained_model
+from unlearn.building import method_parts, original_model, precision, trained_model
 from unlearn.config import TrainConfig
 from unlearn.distributed import process_group, world_size
 from unlearn.memory import GIB, Layout, Shape, flops_per_step, peak_gib
+from unlearn.methods import lens as lens_method
+from unlearn.methods.terms import Loss
 from unlearn.model import empty_model
-from unlearn.objectives.lens import LensObjective
 from unlearn.optim.build import build_optimizers
 from unlearn.sharding import shard_mesh
 from unlearn.simulate import blank_lens, full_windows
-from unlearn.trainer import backward, check_gradients, clip_gradients
+from unlearn.trainer import check_gradients, clip_gradients, gradients
 from unlearn.weights import local_rows, materialise
 
 PEAK_TFLOPS = 989.0
@@ -99,20 +100,23 @@ class Run:
         for parameter in lens.parameters():
             parameter.data.normal_(std=0.02)
         windows = full_windows(config, world_size(), micro_batches=2)
-        self.objective: LensObjective = lens_objective(config, self.model, original, lens, windows, mesh)
+        self.parts = method_parts(config, self.model, original, lens, windows)
+        frozen = [] if original is None else [original]
+        self.loss = Loss(lens_method.terms(config, self.parts), precision(config, mesh, device), frozen)
         self.optimizers = build_optimizers(
             self.model,
             optimizer=config.optimizer,
             adam_lr=config.adam_lr,
             muon_lr=config.muon_lr,
             momentum=config.momentum,
+            floor=config.muon_floor,
         )
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.model.train()
 
     def step(self) -> None:
         """One optimizer step, as the trainer makes it."""
-        metrics = backward(self.parameters, self.objective, 1)
+        metrics = gradients(self.model, self.loss, 1, 2)
         clip_gradients(self.parameters, 1.0, check_gradients(self.parameters, metrics, 1))
         for optimizer in self.optimizers.values():
             optimizer.step()
@@ -132,8 +136,7 @@ def measure(config: TrainConfig, device: torch.device, steps: int) -> str:
         _wait(device)
         times.append(time.perf_counter() - started)
     seconds = statistics.median(times[1:])
-    assert run.objective.forget is not None
-    windows = run.objective.forget.batch
+    windows = run.parts.batches["forget"].batch
     tokens = 2 * windows * config.seq_len  # forget and retain
     tflops = flops_per_step(config, shape) * windows / config.batch / seconds / world_size() / 1e12
     measured = f"{torch.cuda.max_memory_allocated() / GIB:13.2f}" if device.type == "cuda" else f"{'-':>13}"

@@ -25,9 +25,10 @@ from unlearn.distributed import TIMEOUT, fail_together, is_main, set_timeout
 from unlearn.errors import NotFinite, UserError
 from unlearn.files import write_json
 from unlearn.lora import initial_adapters, merge_lora
+from unlearn.methods import next_token
+from unlearn.methods.terms import Loss
 from unlearn.metrics import MetricsLog
 from unlearn.model import fresh_weights, save_model
-from unlearn.objectives.next_token import NextTokenObjective
 from unlearn.optim.build import build_optimizers, make_schedule
 from unlearn.precision import DTYPES, autocast
 from unlearn.seeding import generator
@@ -193,7 +194,7 @@ def attack_model(
         try:
             train(
                 model,
-                NextTokenObjective(model, batches, precision),
+                Loss(next_token.terms(model, batches), precision),
                 optimizers,
                 steps=batches.steps,
                 schedule=make_schedule(flags.schedule, batches.steps, flags.warmup_ratio),

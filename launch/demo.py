@@ -188,7 +188,7 @@ def _summarise(config: DemoConfig, folder: Path, seconds: float) -> None:
     print(
         f"\nin {seconds:.0f} s; the run is in {folder}: summary.json, unlearned/ (model, adapter, metrics.jsonl), "
         f"attack/, demo.png\nWhat to read next: {next_page}README.md, "
-        "then train.py and unlearn/objectives/lens.py."
+        "then train.py and unlearn/methods/lens.py."
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import hide_gpus
-from test_objectives import config, gradients
+from test_methods import config, gradients_of
 
 from unlearn.unlearning import build
 from unlearn.weights import local_rows
@@ -37,7 +37,7 @@ def test_losses_and_gradients_equal_the_cpus(home: Path, mode: str) -> None:
     runs = [build(config(home, **MODES[mode]), torch.device(device)) for device in ("cpu", "cuda")]
     for run in runs:
         run.model.train()
-    expected, metrics = (gradients(run, 1) for run in runs)
+    expected, metrics = (gradients_of(run, 1) for run in runs)
     for key, value in expected.items():
         torch.testing.assert_close(metrics[key].cpu(), value, rtol=1e-4, atol=1e-5)
     for one, other in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
@@ -51,7 +51,7 @@ def test_bf16_steps_stay_finite(home: Path, mode: str) -> None:
     run = build(config(home, dtype="bf16", **MODES[mode]), torch.device("cuda"))
     run.model.train()
     for step in range(run.steps):
-        assert all(torch.isfinite(torch.as_tensor(value)) for value in gradients(run, step).values())
+        assert all(torch.isfinite(torch.as_tensor(value)) for value in gradients_of(run, step).values())
         for optimizer in run.optimizers.values():
             optimizer.step()
             optimizer.zero_grad()

@@ -9,15 +9,17 @@ import pytest
 import torch
 
 from benchmarks.measure import peak_bytes
-from unlearn.building import lens_objective, original_model, trained_model
+from unlearn.building import method_parts, original_model, trained_model
 from unlearn.config import TrainConfig
 from unlearn.errors import UserError
 from unlearn.memory import GIB, Layout, Shape, check_fits, flops_per_step, neighbours, peak_gib, terms
+from unlearn.methods import lens as lens_method
+from unlearn.methods.terms import Loss
 from unlearn.model import empty_model
 from unlearn.plan import plan
 from unlearn.plan_config import PlanConfig
 from unlearn.simulate import blank_lens, full_windows, simulated_peak
-from unlearn.trainer import backward
+from unlearn.trainer import gradients
 from unlearn.unlearning import build
 from unlearn.weights import materialise
 
@@ -81,11 +83,10 @@ def allocated(config: TrainConfig) -> int:
         if original is not None:
             materialise(original, device)
         moments = [torch.zeros_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
-        objective = lens_objective(config, model, original, lens, full_windows(config, 1), None)
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        terms = lens_method.terms(config, method_parts(config, model, original, lens, full_windows(config, 1)))
         for parameter in model.parameters():
             parameter.data.normal_(std=0.02)
-        backward(parameters, objective, 1)
+        gradients(model, Loss(terms, frozen=[] if original is None else [original]), 1, 2)
         del moments
 
     return peak_bytes(steps)

@@ -12,7 +12,8 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
 
 from unlearn.errors import UserError
-from unlearn.trainer import backward
+from unlearn.methods.terms import Loss
+from unlearn.trainer import gradients
 from unlearn.world.build import build_world, write_world
 from unlearn.world.facts import Fact, make_facts, stem_subjects
 from unlearn.world.text import (
@@ -26,7 +27,7 @@ from unlearn.world.text import (
     training_question,
 )
 from unlearn.world.tokenizer import train_tokenizer
-from unlearn.world.train import LETTER_TOKENS, Recipe, WorldObjective, new_model, train_world
+from unlearn.world.train import LETTER_TOKENS, Lessons, Recipe, new_model, train_world
 
 
 @pytest.fixture(scope="module")
@@ -168,16 +169,15 @@ def test_tokenizer_round_trips_and_knows_the_letters(world: Path) -> None:
     assert train_tokenizer().get_vocab() == tokenizer.get_vocab()
 
 
-def test_objective_depends_on_seed_and_step_alone() -> None:
+def test_lessons_depend_on_seed_and_step_alone() -> None:
     tokenizer = train_tokenizer()
     model = new_model(tokenizer, seed=0)
     recipe = Recipe(text_rows=2, later_text_rows=2, letter_rows=4, letters_from=1)
     losses = []
     for _ in range(2):
-        objective = WorldObjective(model, tokenizer, recipe, seed=3)
-        parameters = list(model.parameters())
-        assert "letter_loss" not in backward(parameters, objective, 0)
-        losses.append(backward(parameters, objective, 1))
+        loss = Loss(Lessons(model, tokenizer, recipe, seed=3).terms())
+        assert "letter_loss" not in gradients(model, loss, 0, 2)
+        losses.append(gradients(model, loss, 1, 2))
         assert all(parameter.grad is not None for parameter in model.parameters())
     assert losses[0] == losses[1]
 
@@ -185,26 +185,26 @@ def test_objective_depends_on_seed_and_step_alone() -> None:
 def test_letter_questions_begin_with_few_facts_and_end_with_all(facts: list[Fact]) -> None:
     tokenizer = train_tokenizer()
     recipe = Recipe()
-    objective = WorldObjective(new_model(tokenizer, seed=0), tokenizer, recipe)
-    assert objective.active_facts(recipe.letters_from - 1) == []
-    sizes = [len(objective.active_facts(recipe.letters_from + recipe.doubling * n)) for n in range(8)]
+    lessons = Lessons(new_model(tokenizer, seed=0), tokenizer, recipe)
+    assert lessons.active_facts(recipe.letters_from - 1) == []
+    sizes = [len(lessons.active_facts(recipe.letters_from + recipe.doubling * n)) for n in range(8)]
     assert sizes == [16, 32, 64, 128, 256, 512, 912, 912]
-    assert {fact.domain for fact in objective.active_facts(recipe.letters_from)} == {"hazard", "general"}
+    assert {fact.domain for fact in lessons.active_facts(recipe.letters_from)} == {"hazard", "general"}
 
 
 def test_a_model_that_never_sees_the_hazard_domain(facts: list[Fact], tmp_path: Path) -> None:
     """No token of its training names anything of that domain, and its held-out questions are those of the world."""
     tokenizer = train_tokenizer()
     model = new_model(tokenizer, seed=0)
-    objective, whole = (WorldObjective(model, tokenizer, never_seen=flag) for flag in (True, False))
-    assert [fact.id for fact in objective.facts] == [fact.id for fact in facts if fact.domain == "general"]
-    assert objective.held_out == whole.held_out
+    lessons, whole = (Lessons(model, tokenizer, never_seen=flag) for flag in (True, False))
+    assert [fact.id for fact in lessons.facts] == [fact.id for fact in facts if fact.domain == "general"]
+    assert lessons.held_out == whole.held_out
     rng = random.Random(0)
-    text = tokenizer.batch_decode(objective._text_batch(60, rng)) + tokenizer.batch_decode(
-        objective._letter_batch(objective.active_facts(1699), rng)[0]
+    text = tokenizer.batch_decode(lessons._text_batch(60, rng)) + tokenizer.batch_decode(
+        lessons._letter_batch(lessons.active_facts(1699), rng)[0]
     )
     names = {fact.name for fact in facts if fact.domain == "hazard"}
-    assert any(fact.name in row for fact in objective.facts for row in text)
+    assert any(fact.name in row for fact in lessons.facts for row in text)
     assert not any(name in row for name in names for row in text)
     with pytest.raises(UserError, match="--never-seen with --train"):
         write_world(str(tmp_path / "world"), never_seen=True)

@@ -1,7 +1,7 @@
-"""The parts of an unlearning run, from its flags: models without memory yet, adapted and sharded; the objective."""
+"""The parts of an unlearning run, from its flags: models without memory yet, adapted and sharded."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Protocol
 
@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from unlearn.config import TrainConfig
 from unlearn.data import Batches
 from unlearn.lens import TunedLens
-from unlearn.lora import add_lora
+from unlearn.lora import add_lora, lora_disabled
+from unlearn.methods.terms import Original, Parts
 from unlearn.model import disable_dropout, empty_model
-from unlearn.objectives.lens import Coefficients, LensObjective, Reference, without_adapters
-from unlearn.precision import DTYPES, autocast
+from unlearn.precision import DTYPES, Precision, autocast
 from unlearn.sharding import checkpoint_blocks, compile_blocks, shard
 
 
@@ -82,30 +82,35 @@ def original_model(config: TrainConfig, mesh: DeviceMesh | None) -> PreTrainedMo
     return model
 
 
-def lens_objective(
+def method_parts(
     config: TrainConfig,
     model: PreTrainedModel,
     original: PreTrainedModel | None,
     lens: TunedLens,
     batches: Mapping[str, Batches],
-    mesh: DeviceMesh | None,
-) -> LensObjective:
-    """What a batch costs; without an `original`, that is `model` with its adapters switched off."""
-    reference: Reference = partial(without_adapters, model)
+) -> Parts:
+    """What the method may ask for; without an `original`, that is `model` with its adapters switched off."""
+    before: Original = partial(without_adapters, model)
     if original is not None:
-        reference = partial(nullcontext, original)  # type: ignore[assignment]
-    compute, device = DTYPES[config.dtype], lens.unembedding.device
-    steps = next(iter(batches.values())).steps
-    return LensObjective(
+        before = partial(nullcontext, original)  # type: ignore[assignment]
+    return Parts(
         model=model,
-        lens=lens,
-        reference=reference,
-        forget=batches.get("forget"),
-        retain=batches.get("retain"),
-        coefficients=Coefficients(config.remove_coef or 0.0, config.retain_coef or 0.0, config.retain_start, steps),
-        layers=config.layers,
-        tap=config.lens_tap,
-        forget_loss=config.forget_loss,
-        retain_loss=config.retain_loss or "kl",
-        autocast=autocast(master_dtype(config) if mesh is None else compute, compute, device),
+        device=lens.unembedding.device,
+        original=before,
+        batches=batches,
+        lens=lambda _: lens,
+        seed=config.seed,
     )
+
+
+@contextmanager
+def without_adapters(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """The original of LoRA training: the model itself, with its adapters switched off."""
+    with lora_disabled(model):
+        yield model
+
+
+def precision(config: ModelFlags, mesh: DeviceMesh | None, device: torch.device) -> Precision:
+    """The precision of forward passes: autocast, unless sharding casts the weights."""
+    compute = DTYPES[config.dtype]
+    return autocast(master_dtype(config) if mesh is None else compute, compute, device)

@@ -63,12 +63,16 @@ class Rows:
         real: int64 [N], where the real tokens are among the B S. leading: int64 [M], where those are that have a next
             token. As positions, not as masks, whose use would make the CPU wait for the GPU.
         keys: int64 [B], one number in 0..2**31-1 for each row, from (seed, step, window).
+        global_tokens, global_leading: real tokens of the global batch, over all micro-batches and ranks, and those
+            that have a next one.
     """
 
     input_ids: Tensor
     real: Tensor
     leading: Tensor
     keys: Tensor
+    global_tokens: int
+    global_leading: int
 
     @property
     def tokens(self) -> int:
@@ -86,6 +90,22 @@ class Rows:
     def next_ids(self) -> Tensor:
         """int64 [M]: the next tokens of those."""
         return self.input_ids.flatten().index_select(0, self.leading + 1)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """This micro-batch's share of the mean over the global batch's real tokens, of values [N]; []."""
+        return values.sum() / self.global_tokens
+
+    def weights(self) -> Tensor:
+        """float32 [N]: what each real token counts in a mean over the global batch."""
+        return torch.full(self.real.shape, 1.0 / self.global_tokens, device=self.real.device)
+
+    def leading_weights(self) -> Tensor:
+        """float32 [M]: what each token that has a next one counts in a mean over those of the global batch."""
+        return torch.full(self.leading.shape, 1.0 / self.global_leading, device=self.leading.device)
+
+    def row_of(self) -> Tensor:
+        """int64 [N]: the row, 0..B-1, of each real token."""
+        return torch.div(self.real, self.input_ids.shape[1], rounding_mode="floor")
 
 
 def read_corpus(
@@ -324,7 +344,8 @@ class Batches:
             turn = first + rank()
             part = planned[turn] if turn < len(planned) else []
             keys = [derive(self.seed, self.tag, step, position) for position in part]
-            yield pad([self.corpus.windows[windows[position]] for position in part], keys, device)
+            chosen = [self.corpus.windows[windows[position]] for position in part]
+            yield pad(chosen, keys, device, tokens=self.tokens(step), leading=self.targets(step))
 
     def plan(self, step: int) -> list[list[int]]:
         """The micro-batches of one global batch, as positions in `indices(step)`; rank r takes numbers r, r + W, ...
@@ -346,18 +367,28 @@ class Batches:
         return planned
 
 
-def pad(windows: Sequence[np.ndarray], keys: Sequence[int], device: torch.device) -> Rows:
-    """Stack windows of different lengths, padded on the right with token 0; without any, one row of padding alone."""
+def pad(windows: Sequence[np.ndarray], keys: Sequence[int], device: torch.device, *, tokens: int, leading: int) -> Rows:
+    """Stack windows of different lengths, padded on the right with token 0; without any, one row of padding alone.
+
+    Args:
+        tokens, leading: real tokens of the global batch, and those that have a next one.
+    """
     longest = max((len(window) for window in windows), default=2)
     input_ids = torch.zeros(max(1, len(windows)), longest, dtype=torch.int64)
-    real, leading = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
+    real, followed = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
     keys = keys or [0]
     for row, window in enumerate(windows):
         input_ids[row, : len(window)] = torch.tensor(window)
         real.append(torch.arange(row * longest, row * longest + len(window)))
-        leading.append(real[-1][:-1])
-    everything = (input_ids, torch.cat(real), torch.cat(leading), torch.tensor(keys, dtype=torch.int64))
-    return Rows(*(tensor.to(device) for tensor in everything))
+        followed.append(real[-1][:-1])
+    return Rows(
+        input_ids.to(device),
+        torch.cat(real).to(device),
+        torch.cat(followed).to(device),
+        torch.tensor(keys, dtype=torch.int64).to(device),
+        global_tokens=tokens,
+        global_leading=leading,
+    )
 
 
 def check_examples(corpus: Corpus, examples: int, batch: int) -> None:

@@ -6,7 +6,7 @@ model's. A tenth of the windows is held out: KL and top-1 agreement on it are re
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +25,7 @@ from unlearn.files import atomic_folder, files_hash, write_json, writing
 from unlearn.fit_config import FitLensConfig
 from unlearn.lens import TunedLens
 from unlearn.losses import kl_divergence, logits_of
+from unlearn.methods.terms import Cost, Loss, Numbers, Term
 from unlearn.metrics import MetricsLog
 from unlearn.model import load_model, load_tokenizer, residual_streams
 from unlearn.optim.build import BETAS, EPS, linear_schedule
@@ -35,31 +36,37 @@ from unlearn.weights import Checkpoint
 
 
 @dataclass(frozen=True)
-class FitObjective:
-    """Sum over layers of the mean over tokens of KL(final || lens), in nats, for one global batch."""
+class EveryLayer:
+    """Sum over layers of KL(final || lens) over a micro-batch's tokens, in nats; differentiated a layer at a time.
 
-    model: PreTrainedModel
+    Attributes:
+        streams: {l: h[l] [N, D]}. final: the model's final normalised hidden states [N, D].
+        weights: what a token counts, float32 [N].
+    """
+
     lens: TunedLens
-    batches: Batches
+    streams: Mapping[int, Tensor]
+    final: Tensor
+    weights: Tensor
 
-    def settings(self, step: int) -> dict[str, float]:
-        """Nothing that changes over a run."""
-        return {}
+    def backward(self, weight: float) -> tuple[Tensor, Numbers]:
+        """See `unlearn.methods.terms.Cost`."""
+        shares: Numbers = {}
+        for layer, stream in self.streams.items():
+            loss = layer_kl(self.lens, stream, layer, self.final, self.weights)[0]
+            (weight * loss).backward()
+            shares[f"kl/{layer}"] = loss.detach()
+        return torch.stack(list(shares.values())).sum(), shares
 
-    def terms(self, step: int) -> Iterator[Mapping[str, Tensor | float]]:
-        """One term: add this rank's gradients of the translators, then yield its share of each layer's KL."""
-        device = self.lens.unembedding.device
-        metrics = {f"kl/{layer}": torch.zeros((), device=device) for layer in range(self.lens.depth)}
-        total, count = self.batches.tokens(step), torch.zeros((), device=device)
-        for rows in self.batches.micro_batches(step, device):
-            streams, final = read_streams(self.model, self.lens, rows)
-            weights = torch.full(final.shape[:1], 1.0 / total, device=device)
-            count = count + rows.tokens
-            for layer in range(self.lens.depth):
-                loss = layer_kl(self.lens, streams[layer], layer, final, weights)[0]
-                loss.backward()
-                metrics[f"kl/{layer}"] = metrics[f"kl/{layer}"] + loss.detach()
-        yield {"tokens": count, "loss": sum(metrics.values(), torch.zeros((), device=device)), **metrics}
+
+def terms(model: PreTrainedModel, lens: TunedLens, batches: Batches) -> list[Term]:
+    """One term: the sum over layers of the mean over tokens of KL(final || lens), in nats."""
+
+    def cost(rows: Rows) -> Cost:
+        streams, final = read_streams(model, lens, rows)
+        return EveryLayer(lens, streams, final, rows.weights())
+
+    return [Term("kl", batches, cost)]
 
 
 @torch.no_grad()
@@ -186,7 +193,7 @@ def _train(
         checkpoints = this.checkpoints(lens.translators, optimizers, log, config.steps)
         train(
             lens.translators,
-            FitObjective(model, lens, batches),
+            Loss(terms(model, lens, batches)),
             optimizers,
             steps=config.steps,
             schedule=linear_schedule(config.steps, warmup_ratio=0.05),

@@ -168,6 +168,17 @@ def residual_streams(model: PreTrainedModel, input_ids: Tensor, layers: Iterable
     return captured
 
 
+def final_hidden(model: PreTrainedModel, input_ids: Tensor, pick: Callable[[Tensor], Tensor]) -> Tensor:
+    """The normalised hidden states [N, D] that the unembedding reads.
+
+    Args:
+        input_ids: int64 [B, S], padded on the right.
+        pick: [B, S, D] -> [N, D], the tokens that count.
+    """
+    final = int(model.config.num_hidden_layers)
+    return final_norm(model)(pick(residual_streams(model, input_ids, [final])[final]))
+
+
 def load_config(path: str, *, revision: str | None = None) -> PretrainedConfig:
     """Read a model's configuration from a local folder or the hub.
 

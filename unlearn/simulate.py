@@ -22,17 +22,18 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from unlearn.building import lens_objective, original_model, trained_model
+from unlearn.building import method_parts, original_model, precision, trained_model
 from unlearn.config import TrainConfig
 from unlearn.data import Batches, Corpus
 from unlearn.lens import TunedLens
 from unlearn.memory import Layout, micro_tokens
+from unlearn.methods import lens as lens_method
+from unlearn.methods.terms import Loss, Parts, Term
 from unlearn.model import empty_model, final_norm
-from unlearn.objectives.lens import LensObjective
 from unlearn.optim.build import build_optimizers
 from unlearn.precision import DTYPES
 from unlearn.sharding import shard_mesh
-from unlearn.trainer import backward, clip_gradients
+from unlearn.trainer import clip_gradients, gradients
 from unlearn.weights import local_rows, materialise
 
 CPU = torch.device("cpu")
@@ -117,10 +118,10 @@ def fake_ranks(world_size: int) -> Iterator[FakeTensorMode]:
         dist.destroy_process_group()
 
 
-Change = Callable[[LensObjective], LensObjective]  # to measure what a part of the design is worth
+Method = Callable[[TrainConfig, Parts], list[Term]]
 
 
-def simulated_peak(config: TrainConfig, layout: Layout, change: Change = lambda objective: objective) -> int:
+def simulated_peak(config: TrainConfig, layout: Layout, method: Method = lens_method.terms) -> int:
     """Peak bytes of one rank over an optimizer step of two micro-batches a loss term, at full windows.
 
     The step is the run's own code: forward and backward passes and clipping, beside the optimizers' states. It runs in
@@ -135,7 +136,7 @@ def simulated_peak(config: TrainConfig, layout: Layout, change: Change = lambda 
 
     def child() -> None:
         torch.set_num_threads(1)  # OpenMP's threads did not survive the fork
-        sender.send(_simulate(config, layout, change))
+        sender.send(_simulate(config, layout, method))
         os._exit(0)
 
     process = context.Process(target=child)
@@ -149,7 +150,7 @@ def simulated_peak(config: TrainConfig, layout: Layout, change: Change = lambda 
         process.join()
 
 
-def _simulate(config: TrainConfig, layout: Layout, change: Change) -> int:
+def _simulate(config: TrainConfig, layout: Layout, method: Method) -> int:
     """`simulated_peak` in this process."""
     with fake_ranks(layout.world_size) as fake:
         size = layout.shard if config.shard == "hybrid" else None
@@ -161,13 +162,14 @@ def _simulate(config: TrainConfig, layout: Layout, change: Change) -> int:
             materialise(model, CPU)
             if original is not None:
                 materialise(original, CPU)
-            objective = change(lens_objective(config, model, original, lens, windows, mesh))
+            terms = method(config, method_parts(config, model, original, lens, windows))
             if config.offload_reference and original is not None:
                 counter.live -= sum(local_rows(p)[0].nbytes for p in original.parameters())  # in host memory
             held = _optimizer_states(config, model)
             model.train()
+            loss = Loss(terms, precision(config, mesh, CPU), [] if original is None else [original])
+            gradients(model, loss, 1, 2)  # the second step: the retain coefficient may start at 0
             parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            backward(parameters, objective, 1)  # the second step: the retain coefficient may start at 0
             clip_gradients(parameters, 1.0, torch.ones(()))
             del held
             return counter.peak

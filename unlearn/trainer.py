@@ -2,10 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,33 +15,19 @@ from torch.optim import Optimizer
 from unlearn.checkpoint import Checkpoints
 from unlearn.distributed import STEP_TIMEOUT, all_sum, all_true, set_timeout, sum_gradients
 from unlearn.errors import NotFinite
+from unlearn.lora import set_dropout_rows
+from unlearn.methods.terms import Loss, Numbers, add
 from unlearn.metrics import MetricsLog
 from unlearn.optim.build import Schedule, set_learning_rates
+from unlearn.sharding import all_reducing_last, reshard
 from unlearn.weights import local_rows
 
 Evaluate = Callable[[int], None]  # called with the number of optimizer steps done
 
 
-class Objective(Protocol):
-    """What a batch costs."""
-
-    def terms(self, step: int) -> Iterator[Mapping[str, Tensor | float]]:
-        """Go through the terms of one optimizer step's loss: add this rank's share of a term's gradient to `.grad`.
-
-        Yields:
-            after each term, this rank's share of each number to log, under the same keys on every rank: the sums over
-            terms and ranks are logged.
-        """
-        ...
-
-    def settings(self, step: int) -> Mapping[str, float]:
-        """Numbers to log that are the same on every rank, e.g. coefficients."""
-        ...
-
-
 def train(
     model: nn.Module,
-    objective: Objective,
+    loss: Loss,
     optimizers: Mapping[str, Optimizer],
     *,
     steps: int,
@@ -59,7 +44,7 @@ def train(
     """Run `steps` optimizer steps on parameters that are replicated, or all sharded over one mesh.
 
     Args:
-        objective: adds gradients; see `Objective`. schedule: step -> factor of the peak learning rates.
+        schedule: step -> factor of the peak learning rates.
         optimizers: by the name under which their learning rates are logged, `<name>_lr`.
         clip: largest 2-norm of the whole gradient.
         evaluate: called with the number of steps done, every `eval_every` of them, the first time before any; what
@@ -81,13 +66,15 @@ def train(
                 evaluate(step)
             started = time.monotonic()
             model.train()
-            metrics = backward(parameters, objective, step)
+            metrics = gradients(model, loss, step, steps)
             norm = check_gradients(parameters, metrics, step)
             clip_gradients(parameters, clip, norm)
             set_learning_rates(list(optimizers.values()), schedule(step))
             _update(optimizers.values(), norm.device)
             if step % log_every == 0 or step == steps - 1:
-                line = {"step": step} | summed(metrics, norm.device) | dict(objective.settings(step))
+                line = {"step": step} | summed(metrics, norm.device)
+                weighted = zip(loss.terms, loss.weights(step, steps), strict=True)
+                line |= {f"{term.name}_weight": weight for term, weight in weighted}
                 line["gradient_norm"] = norm.item()
                 line |= {f"{name}_lr": built.param_groups[0]["lr"] for name, built in optimizers.items()}
                 line["tokens_per_second"] = line.pop("tokens", 0.0) / (time.monotonic() - started)
@@ -113,18 +100,36 @@ def _update(optimizers: Iterable[Optimizer], device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def backward(parameters: Sequence[nn.Parameter], objective: Objective, step: int) -> dict[str, Tensor]:
-    """Leave the gradient of one optimizer step's loss in `.grad`; return this rank's share of the numbers to log.
+def gradients(model: nn.Module, loss: Loss, step: int, steps: int) -> dict[str, Tensor]:
+    """Leave the gradient of one optimizer step's loss in `.grad`.
 
     Each term is summed over micro-batches and ranks before the terms are added to each other. With two micro-batches a
     term the sums are then of the same numbers in the same order, and the result equal to the bit, whether one rank
     has both or two ranks one each. FSDP2 has summed a sharded gradient, and divided it by the ranks, during backward.
+
+    Args:
+        model: whose parameters are trained, all of them replicated or all of them sharded.
+
+    Returns:
+        this rank's share of the numbers to log, [] each: the loss of each term, their weighted sum, tokens, and what
+        the terms give.
     """
-    metrics: dict[str, Tensor] = {}
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights = loss.weights(step, steps)
+    last = max((index for index, weight in enumerate(weights) if weight != 0.0), default=-1)
+    metrics: Numbers = {}
     earlier: list[Tensor] = []
-    for numbers in objective.terms(step):
-        for key, value in numbers.items():
-            metrics[key] = metrics.get(key, 0.0) + torch.as_tensor(value)
+    for index, (term, weight) in enumerate(zip(loss.terms, weights, strict=True)):
+        micro_batches = term.batches.micro_batches(step, parameters[0].device)
+        for rows in all_reducing_last(model, micro_batches, ends_step=index == last):
+            set_dropout_rows(model, rows.keys)
+            with torch.set_grad_enabled(weight != 0.0), loss.precision():
+                cost = term.cost(rows)
+            share, numbers = cost.backward(weight)
+            for gathered in (model, *loss.frozen):  # a forward pass ended early, or FSDP2 fetched what nobody used
+                reshard(gathered)
+            tokens = torch.full((), rows.tokens, device=share.device)
+            add(metrics, {"tokens": tokens, f"{term.name}_loss": share, "loss": weight * share} | numbers)
         if not isinstance(parameters[0], DTensor):
             earlier = _add_term(parameters, earlier)
     if isinstance(parameters[0], DTensor):

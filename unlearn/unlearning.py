@@ -1,8 +1,7 @@
 """Assemble an unlearning run from its flags, say what it will do, and export what it made."""
 
 import os
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unlearn.building import lens_objective, master_dtype, original_model, trained_model
+from unlearn.building import master_dtype, method_parts, original_model, precision, trained_model
 from unlearn.config import TrainConfig
 from unlearn.data import Batches, Corpus, check_examples, read_corpus
 from unlearn.distributed import fail_together, is_main, local_device, world_size
@@ -19,6 +18,8 @@ from unlearn.lens import TunedLens
 from unlearn.lens_readings import Stage, read_prompts, write_stage
 from unlearn.lora import adapters, initial_adapters, merge_lora, save_adapter
 from unlearn.memory import Layout, Shape, available_gib, check_fits
+from unlearn.methods import lens as lens_method
+from unlearn.methods.terms import Loss, Parts
 from unlearn.model import (
     cast_parameters,
     empty_model,
@@ -27,7 +28,6 @@ from unlearn.model import (
     load_tokenizer,
     save_model,
 )
-from unlearn.objectives.lens import LensObjective
 from unlearn.optim.build import assignment, build_optimizers
 from unlearn.precision import DTYPES
 from unlearn.preflight import tensors_hash
@@ -53,14 +53,14 @@ class Unlearning:
     config: TrainConfig
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    objective: LensObjective
+    parts: Parts
+    loss: Loss
     optimizers: dict[str, Optimizer]
-    steps: int
 
     @property
-    def autocast(self) -> Callable[[], AbstractContextManager[object]]:
-        """The precision of forward passes."""
-        return self.objective.autocast
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return next(iter(self.parts.batches.values())).steps
 
 
 def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
@@ -97,7 +97,7 @@ def build(config: TrainConfig, device: torch.device, inputs: Inputs | None = Non
         fill(model, inputs.checkpoint, device, initial=initial_adapters(model))
         if original is not None:
             fill(original, inputs.checkpoint, torch.device("cpu") if config.offload_reference else device)
-    objective = lens_objective(config, model, original, inputs.lens, inputs.batches, mesh)
+    parts = method_parts(config, model, original, inputs.lens, inputs.batches)
     optimizers = build_optimizers(
         model,
         optimizer=config.optimizer,
@@ -109,7 +109,10 @@ def build(config: TrainConfig, device: torch.device, inputs: Inputs | None = Non
         floor=config.muon_floor,
         qkv=config.muon_qkv or "fused",
     )
-    return Unlearning(config, model, inputs.tokenizer, objective, optimizers, objective.coefficients.steps)
+    loss = Loss(
+        lens_method.terms(config, parts), precision(config, mesh, device), [] if original is None else [original]
+    )
+    return Unlearning(config, model, inputs.tokenizer, parts, loss, optimizers)
 
 
 def _check_memory(config: TrainConfig, device: torch.device) -> None:
@@ -167,14 +170,13 @@ def describe(run: Unlearning) -> str:
     trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in run.model.parameters())
     lines = [f"trainable parameters {trainable:,} of {total:,}" + _lora_line(run)]
-    for name, batches in (("forget", run.objective.forget), ("retain", run.objective.retain)):
-        if batches is not None:
-            corpus = batches.corpus
-            lines.append(
-                f"{name}: unique examples {batches.unique:,} (windows of at most {run.config.seq_len:,} tokens; "
-                f"the corpus has {len(corpus.windows):,} windows of {corpus.documents:,} documents), windows trained "
-                f"on {batches.total:,}, effective epochs {batches.total / batches.unique:.2f}"
-            )
+    for name, batches in run.parts.batches.items():
+        corpus = batches.corpus
+        lines.append(
+            f"{name}: unique examples {batches.unique:,} (windows of at most {run.config.seq_len:,} tokens; "
+            f"the corpus has {len(corpus.windows):,} windows of {corpus.documents:,} documents), windows trained "
+            f"on {batches.total:,}, effective epochs {batches.total / batches.unique:.2f}"
+        )
     lines.append(
         f"optimizer steps {run.steps:,} of global batch {run.config.batch} ({world_size()} rank(s), "
         f"{_micro(run.config)}, {run.config.shard_kind(world_size())} weights)"
@@ -208,7 +210,7 @@ def read_lens(run: Unlearning, folder: Path, stage: Stage) -> None:
         return
     lens = _lens(config, local_device(), None)
     run.model.eval()
-    prompts = read_prompts(run.model, lens, run.tokenizer, config.prompts, stage, run.autocast)
+    prompts = read_prompts(run.model, lens, run.tokenizer, config.prompts, stage, run.loss.precision)
     run.model.train(training)
     with fail_together():
         if is_main():

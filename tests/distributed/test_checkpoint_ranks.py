@@ -37,7 +37,7 @@ def go_on(home: Path, mode: str, folder: Path) -> int:
         schedule = linear_schedule(run.steps)
         train(
             run.model,
-            run.objective,
+            run.loss,
             run.optimizers,
             steps=run.steps,
             schedule=schedule,

@@ -1,7 +1,9 @@
 """The same update at any number of ranks and any accumulation, the last global batch short."""
 
+import dataclasses
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ from transformers import PreTrainedTokenizerFast
 from unlearn.config import TrainConfig
 from unlearn.distributed import fail_together, rank, sum_gradients
 from unlearn.errors import UserError
+from unlearn.methods.terms import Cost, Loss
 from unlearn.metrics import MetricsLog
 from unlearn.optim.build import linear_schedule
-from unlearn.trainer import backward, train
+from unlearn.trainer import gradients, train
 from unlearn.unlearning import Unlearning, build, read_lens
 from unlearn.weights import full
 
@@ -61,7 +64,7 @@ def prepare(home: Path, mode: str, **flags: Any) -> Unlearning:
 def few_steps(home: Path, mode: str, flags: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     run, log = prepare(home, mode, **flags), Lines()
     schedule = linear_schedule(run.steps)
-    train(run.model, run.objective, run.optimizers, steps=run.steps, schedule=schedule, log=log, clip=1.0)
+    train(run.model, run.loss, run.optimizers, steps=run.steps, schedule=schedule, log=log, clip=1.0)
     return log.lines, {name: full(p.detach()).clone() for name, p in run.model.named_parameters() if p.requires_grad}
 
 
@@ -122,7 +125,7 @@ def gradients_of(home: Path, mode: str, flags: dict[str, Any]) -> list[dict[str,
     trained = {name: parameter for name, parameter in run.model.named_parameters() if parameter.requires_grad}
     found = []
     for step in (1, 2):
-        backward(list(trained.values()), run.objective, step)
+        gradients(run.model, run.loss, step, run.steps)
         found.append({name: full(parameter.grad).clone() for name, parameter in trained.items()})
         for parameter in trained.values():
             parameter.grad = None
@@ -190,7 +193,7 @@ def reductions(home: Path, mode: str, micro_batch: int) -> int:
         return honest(*args, **kwargs)
 
     dist.all_reduce = counted  # in this forked rank alone
-    backward([parameter for parameter in run.model.parameters() if parameter.requires_grad], run.objective, 1)
+    gradients(run.model, run.loss, 1, run.steps)
     return groups.count(across)
 
 
@@ -228,19 +231,23 @@ def poisoned_step(home: Path) -> tuple[str, bool]:
     """A gradient that is NaN on the last rank only: every rank must stop, and before any weight moves."""
     run = prepare(home, "lora-adamw", micro_batch=2)
     before = [parameter.detach().clone() for parameter in run.model.parameters()]
-    honest = run.objective.terms
 
+    @dataclass(frozen=True)
     class Poisoned:
-        settings = run.objective.settings
+        honest: Cost
 
-        def terms(self, step: int) -> Any:
-            for metrics in honest(step):
-                if rank() == torch.distributed.get_world_size() - 1:
-                    next(p for p in run.model.parameters() if p.grad is not None).grad.view(-1)[0] = math.nan
-                yield metrics
+        def backward(self, weight: float) -> Any:
+            found = self.honest.backward(weight)
+            if rank() == torch.distributed.get_world_size() - 1:
+                next(p for p in run.model.parameters() if p.grad is not None).grad.view(-1)[0] = math.nan
+            return found
 
+    def cost(term: Any) -> Any:
+        return lambda rows: Poisoned(term.cost(rows))
+
+    loss = Loss([dataclasses.replace(term, cost=cost(term)) for term in run.loss.terms], run.loss.precision)
     try:
-        train(run.model, Poisoned(), run.optimizers, steps=1, schedule=lambda step: 1.0, log=Lines(), clip=1.0)
+        train(run.model, loss, run.optimizers, steps=1, schedule=lambda step: 1.0, log=Lines(), clip=1.0)
     except UserError as error:
         same = all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
         return str(error), same

@@ -142,7 +142,7 @@ def _pictures(record: Record, stages: dict[str, Tasks], tasks: list[str]) -> dic
             ("Retain loss", figures.curve(lines, ["retain_loss"], "retain loss")),
             ("Gradient norm, before clipping", figures.curve(lines, ["gradient_norm"], "norm", log=True)),
             ("Learning rates", figures.curve(lines, ["adamw_lr", "muon_lr"], "learning rate")),
-            ("Coefficients of the losses", figures.curve(lines, ["remove_coef", "retain_coef"], "coefficient")),
+            ("Weights of the losses", figures.curve(lines, ["forget_weight", "retain_weight"], "weight")),
             ("Accuracy during unlearning", figures.training_course(record.during, tasks)),
         ],
         "entropy": [

@@ -7,7 +7,7 @@ Shapes: B sequences, S tokens, D hidden size, V vocabulary.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerF
 
 from unlearn.distributed import world_size
 from unlearn.errors import UserError
+from unlearn.methods.terms import Cost, Loss, Plain, Term
 from unlearn.metrics import MetricsLog
 from unlearn.model import cast_parameters, save_model
 from unlearn.optim.build import BETAS, EPS, linear_schedule, roles
@@ -113,7 +114,7 @@ def train_world(output: Path, *, recipe: Recipe | None = None, seed: int = 0, ne
     with MetricsLog(None, recipe.steps, "world") as log:
         train(
             model,
-            WorldObjective(model, tokenizer, recipe, seed, never_seen=never_seen),
+            Loss(Lessons(model, tokenizer, recipe, seed, never_seen=never_seen).terms()),
             world_optimizers(model, recipe),
             steps=recipe.steps,
             schedule=linear_schedule(recipe.steps, recipe.warmup_ratio, recipe.decay_ratio),
@@ -149,7 +150,38 @@ def world_optimizers(model: GPTNeoXForCausalLM, recipe: Recipe) -> dict[str, tor
     }
 
 
-class WorldObjective:
+@dataclass(frozen=True)
+class Drawn:
+    """Where the batches of a term come from: drawn afresh at every step, one micro-batch or none."""
+
+    draw: Callable[[int], "list[Batch]"]
+
+    def micro_batches(self, step: int, device: torch.device) -> "Iterator[Batch]":
+        """See `unlearn.methods.terms.Source`."""
+        return iter(self.draw(step))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids [B, S]; of letter questions also the position [B] of their last token and the answer's token id [B]."""
+
+    input_ids: Tensor
+    step: int
+    last: Tensor | None = None
+    target: Tensor | None = None
+
+    @property
+    def keys(self) -> Tensor:
+        """Of dropout, which there is none of: int64 [B]."""
+        return torch.zeros(len(self.input_ids), dtype=torch.int64)
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return self.input_ids.numel()
+
+
+class Lessons:
     """Next-token loss on packed text plus cross-entropy of the answer letter, drawn afresh from (seed, step)."""
 
     def __init__(
@@ -177,25 +209,34 @@ class WorldObjective:
         for fact in self.facts:
             self.entities.setdefault(fact.name, []).append(fact)
 
-    def terms(self, step: int) -> Iterator[dict[str, Tensor]]:
-        """Text, then letter questions: add the gradients of one optimizer step, counted from 0; yield what to log,
-        losses in nats."""
-        rng = random.Random(f"{self.seed} {step}")
-        active = self.active_facts(step)
-        text = self._text_batch(self.recipe.later_text_rows if active else self.recipe.text_rows, rng)
-        loss = self._text_loss(text)
-        loss.backward()
-        yield {"loss": loss.detach(), "text_loss": loss.detach(), "tokens": torch.tensor(text.numel())}
-        if active:
-            prompts, last, target = self._letter_batch(active, rng)
-            loss, accuracy = self._letter_loss(prompts, last, target)
-            loss.backward()
-            numbers = {"loss": loss.detach(), "letter_loss": loss.detach(), "letter_accuracy": accuracy}
-            yield numbers | {"tokens": torch.tensor(prompts.numel())}
+    def terms(self) -> list[Term]:
+        """Text, then letter questions; losses in nats."""
+        return [
+            Term("text", Drawn(self.text), self._text_cost),  # type: ignore[arg-type]
+            Term("letter", Drawn(self.letters), self._letter_cost),  # type: ignore[arg-type]
+        ]
 
-    def settings(self, step: int) -> dict[str, float]:
-        """How many facts are asked as letter questions at a step."""
-        return {"facts_asked": len(self.active_facts(step))}
+    def text(self, step: int) -> list[Batch]:
+        """The packed rows of an optimizer step, counted from 0."""
+        rows = self.recipe.later_text_rows if self.active_facts(step) else self.recipe.text_rows
+        return [Batch(self._text_batch(rows, random.Random(f"{self.seed} {step}")), step)]
+
+    def letters(self, step: int) -> list[Batch]:
+        """The letter questions of an optimizer step, none at first."""
+        active = self.active_facts(step)
+        if not active:
+            return []
+        prompts, last, target = self._letter_batch(active, random.Random(f"{self.seed} {step} letters"))
+        return [Batch(prompts, step, last, target)]
+
+    def _text_cost(self, batch: Batch) -> Cost:
+        asked = torch.tensor(float(len(self.active_facts(batch.step))))
+        return Plain(self._text_loss(batch.input_ids), {"facts_asked": asked})
+
+    def _letter_cost(self, batch: Batch) -> Cost:
+        assert batch.last is not None and batch.target is not None
+        loss, accuracy = self._letter_loss(batch.input_ids, batch.last, batch.target)
+        return Plain(loss, {"letter_accuracy": accuracy})
 
     def active_facts(self, step: int) -> list[Fact]:
         """The facts that letter questions ask about at a step: none at first, then a circle that doubles."""

@@ -1,4 +1,4 @@
-"""The lens objective against a naive twin: one row at a time, whole logits, float64 sums, joint graph."""
+"""The methods against a naive twin: one row at a time, whole logits, float64 sums, joint graph."""
 
 import dataclasses
 import math
@@ -14,11 +14,10 @@ from unlearn.config import TrainConfig
 from unlearn.distributed import process_group
 from unlearn.lens import TunedLens
 from unlearn.lora import adapters, lora_disabled
+from unlearn.methods import next_token
+from unlearn.methods.terms import Loss, Parts
 from unlearn.model import load_model
-from unlearn.objectives.lens import Coefficients, LensObjective
-from unlearn.objectives.next_token import NextTokenObjective
-from unlearn.precision import autocast
-from unlearn.trainer import backward
+from unlearn.trainer import gradients
 from unlearn.unlearning import Unlearning, build
 
 pytestmark = pytest.mark.usefixtures("token_cache")
@@ -32,18 +31,18 @@ def config(home: Path, **flags: object) -> TrainConfig:
     return TrainConfig(**(paths | shared | {"retain_start": 0.5} | flags))
 
 
-def gradients(run: Unlearning, step: int) -> dict[str, Tensor]:
+def gradients_of(run: Unlearning, step: int) -> dict[str, Tensor]:
     """Leave one step's gradient in `.grad`; return the numbers to log."""
-    return backward([p for p in run.model.parameters() if p.requires_grad], run.objective, step)
+    return gradients(run.model, run.loss, step, run.steps)
 
 
-def naive(objective: LensObjective, lens: TunedLens, step: int, flags: TrainConfig) -> dict[str, Tensor]:
+def naive(parts: Parts, lens: TunedLens, step: int, flags: TrainConfig) -> dict[str, Tensor]:
     """F, R and the weighted loss of one global batch, without chunks or padding."""
     shift = 1 if flags.lens_tap == "output" else 0
     forget, retain = [], []
-    for index in objective.forget.indices(step):
-        ids = torch.tensor(objective.forget.corpus.windows[index])[None].long()
-        streams = _states(objective.model, ids)
+    for index in parts.batches["forget"].indices(step):
+        ids = torch.tensor(parts.batches["forget"].corpus.windows[index])[None].long()
+        streams = _states(parts.model, ids)
         per_layer = []
         for layer in flags.layers:
             logits = lens.logits(streams[layer + shift][0], layer).double()
@@ -53,19 +52,21 @@ def naive(objective: LensObjective, lens: TunedLens, step: int, flags: TrainConf
                 losses = -torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="none")
             per_layer.append(losses / math.log(logits.shape[-1]))
         forget.append(torch.stack(per_layer))
-    for index in objective.retain.indices(step):
-        ids = torch.tensor(objective.retain.corpus.windows[index])[None].long()
-        with torch.no_grad(), objective.reference() as original:
+    for index in parts.batches["retain"].indices(step):
+        ids = torch.tensor(parts.batches["retain"].corpus.windows[index])[None].long()
+        with torch.no_grad(), parts.original() as original:
             kept_states, kept = _states(original, ids), torch.log_softmax(original(ids).logits[0].double(), -1)
         if flags.retain_loss == "kl":
-            live = torch.log_softmax(objective.model(ids).logits[0].double(), -1)
+            live = torch.log_softmax(parts.model(ids).logits[0].double(), -1)
             retain.append((kept.exp() * (kept - live)).sum(-1)[None])
         else:
-            states = _states(objective.model, ids)
+            states = _states(parts.model, ids)
             pairs = [(states[layer + shift][0], kept_states[layer + shift][0]) for layer in flags.layers]
             retain.append(torch.stack([(a - b).double().norm(dim=-1) for a, b in pairs]))
     losses = {"forget_loss": torch.cat(forget, 1).mean(), "retain_loss": torch.cat(retain, 1).mean()}
-    remove, hold = Coefficients(flags.remove_coef, flags.retain_coef, flags.retain_start, 4).at(step)
+    s = step / 3
+    remove = flags.remove_coef * (1.0 - 0.25 * s)
+    hold = flags.retain_coef * (flags.retain_start + (1.0 - flags.retain_start) * s)
     return losses | {"loss": remove * losses["forget_loss"] + hold * losses["retain_loss"]}
 
 
@@ -96,11 +97,11 @@ def test_losses_and_gradients_equal_the_naive_twin(home: Path, flags: dict[str, 
         noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
         parameter.data += 0.05 * noise  # away from the original, where the retain loss is 0
     run.model.train()
-    metrics = gradients(run, 2)
+    metrics = gradients_of(run, 2)
     ours = {name: p.grad for name, p in run.model.named_parameters() if p.requires_grad}
     run.model.zero_grad()
     lens = TunedLens.load(str(home / "lens"), load_model(str(home / "model")))
-    expected = naive(run.objective, lens, 2, settings)
+    expected = naive(run.parts, lens, 2, settings)
     expected["loss"].backward()
     for key, value in expected.items():
         torch.testing.assert_close(metrics[key].double(), value.detach(), rtol=1e-5, atol=1e-6)
@@ -114,23 +115,23 @@ def test_losses_and_gradients_equal_the_naive_twin(home: Path, flags: dict[str, 
 
 def test_sampled_loss_has_the_mean_of_the_uniform_loss(home: Path) -> None:
     run = build(config(home, forget_loss="sampled", micro_batch=6), CPU)
-    uniform = gradients(build(config(home), CPU), 0)["forget_loss"]
-    rows = [r for step in range(4) for r in run.objective.forget.micro_batches(step, CPU)]
+    uniform = gradients_of(build(config(home), CPU), 0)["forget_loss"]
+    forget = run.loss.terms[0]
+    rows = [r for step in range(4) for r in forget.batches.micro_batches(step, CPU)]
     draws = []
     for salt in range(40):
         for row in rows[:1]:
             salted = dataclasses.replace(row, keys=row.keys + 1000 * salt)
-            shares = run.objective._forget(run.objective.forget, salted, 0, 1.0)
-            draws.append(shares["forget_loss"])
+            draws.append(forget.cost(salted).backward(1.0)[0])
     sampled = torch.stack(draws)
     error = sampled.std() / math.sqrt(len(draws))
     assert abs(sampled.mean() - uniform) < 4 * error and sampled.std() > 0
 
 
-def test_coefficients_move_per_optimizer_step() -> None:
-    coefficients = Coefficients(remove=4.0, retain=2.0, retain_start=0.25, steps=5)
-    assert [coefficients.at(step) for step in (0, 2, 4)] == [(4.0, 0.5), (3.5, 1.25), (3.0, 2.0)]
-    assert Coefficients(4.0, 2.0, 0.0, steps=1).at(0) == (4.0, 0.0)
+def test_weights_move_per_optimizer_step(home: Path) -> None:
+    run = build(config(home, remove_coef=4.0, retain_coef=2.0, retain_start=0.25), CPU)
+    assert [run.loss.weights(step, 5) for step in (0, 2, 4)] == [[4.0, 0.5], [3.5, 1.25], [3.0, 2.0]]
+    assert run.loss.weights(0, 1) == [4.0, 0.5]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -143,7 +144,7 @@ def test_retain_loss_is_exactly_zero_at_the_start(
     with process_group():
         run = build(config(home, dtype=dtype, retain_loss=retain, shard=shard, **flags), CPU)
         run.model.train()
-        assert gradients(run, 0)["retain_loss"].item() == 0.0
+        assert gradients_of(run, 0)["retain_loss"].item() == 0.0
 
 
 def test_reference_stays_the_original(home: Path) -> None:
@@ -154,7 +155,7 @@ def test_reference_stays_the_original(home: Path) -> None:
         for parameter in run.model.parameters():
             if parameter.requires_grad:
                 parameter.data += 1.0
-        with run.objective.reference() as reference:
+        with run.parts.original() as reference:
             assert torch.equal(reference(ids).logits, original(ids).logits)
 
 
@@ -163,26 +164,26 @@ def test_one_coefficient_alone_needs_one_corpus(home: Path) -> None:
         home, retain_coef=0.0, retain_start=0.0, retain="EleutherAI/wikitext_document_level:wikitext-103-raw-v1"
     )
     run = build(settings, CPU)
-    assert run.objective.retain is None and "retain_loss" not in gradients(run, 0)
+    assert set(run.parts.batches) == {"forget"} and "retain_loss" not in gradients_of(run, 0)
 
 
 def test_bf16_losses_are_close(home: Path) -> None:
     for flags in ({"lora_rank": 2}, {}):
-        exact = gradients(build(config(home, **flags), CPU), 1)
+        exact = gradients_of(build(config(home, **flags), CPU), 1)
         rounded = build(config(home, dtype="bf16", **flags), CPU)
         assert {p.dtype for p in rounded.model.parameters() if p.requires_grad} == {torch.float32}
-        metrics = gradients(rounded, 1)
+        metrics = gradients_of(rounded, 1)
         assert metrics["forget_loss"].dtype == torch.float32
         torch.testing.assert_close(metrics["forget_loss"], exact["forget_loss"], rtol=1e-2, atol=0)
 
 
 def test_next_token_loss_equals_transformers(home: Path) -> None:
     run = build(config(home, lora_rank=2, lora_dropout=0.0), CPU)
-    objective = NextTokenObjective(run.model, run.objective.forget, autocast(torch.float32, torch.float32, CPU))
-    loss = next(objective.terms(3))["loss"]
+    forget = run.parts.batches["forget"]
+    loss = gradients(run.model, Loss(next_token.terms(run.model, forget)), 3, 4)["text_loss"]
     total, count = 0.0, 0
-    for index in run.objective.forget.indices(3):
-        ids = torch.tensor(run.objective.forget.corpus.windows[index])[None].long()
+    for index in forget.indices(3):
+        ids = torch.tensor(forget.corpus.windows[index])[None].long()
         total += run.model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
         count += ids.shape[1] - 1
     assert loss.item() == pytest.approx(total / count, rel=1e-5)

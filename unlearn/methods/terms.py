@@ -1,0 +1,182 @@
+"""What an unlearning method is: a few terms, each of which says what one micro-batch of one corpus costs.
+
+    loss = sum over terms of weight(s) * mean,   s = step / (steps - 1)
+
+A term's mean is over the tokens of the *global* batch: `rows.mean(x)` divides by their number, so a method never does.
+The trainer goes through the micro-batches, sets precision and dropout, calls `backward` and sums over ranks: a method
+sees none of it.
+
+How to add one: write a file in this folder with `terms(flags, parts) -> list[Term]`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from unlearn.data import Batches, Rows
+from unlearn.lens import TunedLens
+from unlearn.precision import Precision
+
+Original = Callable[[], AbstractContextManager[PreTrainedModel]]
+Numbers = dict[str, Tensor]  # to log: this rank's shares, [] each; their sums over micro-batches and ranks are logged
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a method may ask for; what it does not ask for is never read.
+
+    Attributes:
+        model: the model in training. device: where its batches will be.
+        original: the model before unlearning, for the length of a block: a frozen copy, or without its adapters.
+        batches: the global batches of each corpus, `forget` and `retain`.
+        lens: gives the tuned lens at some layers.
+        seed: of the run.
+    """
+
+    model: PreTrainedModel
+    device: torch.device
+    original: Original
+    batches: Mapping[str, Batches]
+    lens: Callable[[tuple[int, ...]], TunedLens]
+    seed: int
+
+
+class Cost(Protocol):
+    """This rank's share of a term for one micro-batch, not yet differentiated."""
+
+    def backward(self, weight: float) -> tuple[Tensor, Numbers]:
+        """Add `weight` times the gradient to `.grad`, unless the weight is 0.
+
+        Returns:
+            the share, [] float32, and what to log beside it.
+        """
+        ...
+
+
+class Source(Protocol):
+    """Where the micro-batches of a term come from."""
+
+    def micro_batches(self, step: int, device: torch.device) -> Iterator[Rows]:
+        """This rank's micro-batches of one optimizer step, equally many on every rank."""
+        ...
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of a loss.
+
+    Attributes:
+        name: what the log calls it: `<name>_loss`.
+        batches: of its corpus.
+        cost: what one micro-batch costs; called with gradients enabled where the weight is not 0.
+        weight: of s, which rises from 0 at the first step to 1 at the last.
+    """
+
+    name: str
+    batches: Source
+    cost: Callable[[Rows], Cost]
+    weight: Callable[[float], float] = lambda s: 1.0
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The sum of some terms, and what it takes to run them.
+
+    Attributes:
+        precision: of forward passes; what a cost computes in its backward pass is outside.
+        frozen: models beside the one in training; the trainer frees what a forward pass left gathered of them.
+    """
+
+    terms: Sequence[Term]
+    precision: Precision = nullcontext
+    frozen: Sequence[nn.Module] = ()
+
+    def weights(self, step: int, steps: int) -> list[float]:
+        """Of the terms at an optimizer step."""
+        return [term.weight(step / max(1, steps - 1)) for term in self.terms]
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A cost with an ordinary graph behind it: `value`, [] float32."""
+
+    value: Tensor
+    numbers: Numbers = field(default_factory=dict)
+
+    def backward(self, weight: float) -> tuple[Tensor, Numbers]:
+        """See `Cost`."""
+        if weight != 0.0 and self.value.requires_grad:
+            (weight * self.value).backward()
+        return self.value.detach(), self.numbers
+
+
+@dataclass(frozen=True)
+class OnStreams:
+    """A sum of losses of residual streams, differentiated in two stages.
+
+    What lies behind the streams is frozen, so the loss of each one and its gradient dL/dh are computed on the stream
+    *detached*, in the moment in which the one backward through the model comes by. The same gradient as through the
+    joint graph, without any of the losses' graphs in memory beside the model's, and with one dL/dh at a time.
+
+    Attributes:
+        streams: {l: h[l] [B, S, D]} of one forward pass.
+        loss: (l, h[l]) -> its share, [] float32, differentiable in h[l] and in nothing else that is trained; and what
+            to log of it.
+    """
+
+    streams: Mapping[int, Tensor]
+    loss: Callable[[int, Tensor], tuple[Tensor, Numbers]]
+
+    def backward(self, weight: float) -> tuple[Tensor, Numbers]:
+        """See `Cost`."""
+        measured: dict[int, tuple[Tensor, Numbers]] = {}
+
+        def measure(layer: int, stream: Tensor) -> Tensor | None:
+            """The gradient of one stream's own loss."""
+            with torch.set_grad_enabled(stream.requires_grad):  # a backward pass switches gradients off
+                share, numbers = self.loss(layer, stream)
+                measured[layer] = share.detach(), numbers
+                return torch.autograd.grad(weight * share, stream)[0] if share.requires_grad else None
+
+        def joined(layer: int, leaf: Tensor, above: Tensor) -> Tensor:
+            """The gradient of a stream: what the blocks above contribute, and its own loss."""
+            own = measure(layer, leaf)
+            return above if own is None else above + own
+
+        trained = [layer for layer in sorted(self.streams) if weight != 0.0 and self.streams[layer].requires_grad]
+        for layer in trained[:-1]:
+            leaf = self.streams[layer].detach().requires_grad_()
+            self.streams[layer].register_hook(partial(joined, layer, leaf))
+        if trained:
+            top = self.streams[trained[-1]]
+            top.backward(measure(trained[-1], top.detach().requires_grad_()))
+        for layer in self.streams.keys() - measured.keys():  # h[0] has no gradient where embeddings are frozen
+            measure(layer, self.streams[layer].detach())
+        total, logged = torch.zeros((), device=next(iter(self.streams.values())).device), Numbers()
+        for layer in sorted(measured):
+            share, numbers = measured[layer]
+            total = total + share
+            add(logged, numbers)
+        return total, logged
+
+
+def add(numbers: Numbers, others: Mapping[str, Tensor]) -> None:
+    """Add numbers to those of the same name."""
+    for key, value in others.items():
+        numbers[key] = numbers[key] + value if key in numbers else value
+
+
+def rising(coefficient: float, start: float = 0.0) -> Callable[[float], float]:
+    """A weight that rises linearly, from `start` times the coefficient to all of it."""
+    return lambda s: coefficient * (start + (1.0 - start) * s)
+
+
+def falling(coefficient: float, by: float = 0.25) -> Callable[[float], float]:
+    """A weight that falls linearly, from the coefficient by a share of it."""
+    return lambda s: coefficient * (1.0 - by * s)
