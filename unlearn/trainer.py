@@ -126,6 +126,7 @@ def gradients(model: nn.Module, loss: Loss, step: int, steps: int) -> dict[str, 
             with torch.set_grad_enabled(weight != 0.0), loss.precision():
                 cost = term.cost(rows)
             share, numbers = cost.backward(weight)
+            del cost  # and with it the forward pass, before the next one
             for gathered in (model, *loss.frozen):  # a forward pass ended early, or FSDP2 fetched what nobody used
                 reshard(gathered)
             tokens = torch.full((), rows.tokens, device=share.device)

@@ -136,11 +136,12 @@ class OnStreams:
     def backward(self, weight: float) -> tuple[Tensor, Numbers]:
         """See `Cost`."""
         measured: dict[int, tuple[Tensor, Numbers]] = {}
+        loss = self.loss  # a hook that knew the streams would be part of a cycle, and keep them until it is collected
 
         def measure(layer: int, stream: Tensor) -> Tensor | None:
             """The gradient of one stream's own loss."""
             with torch.set_grad_enabled(stream.requires_grad):  # a backward pass switches gradients off
-                share, numbers = self.loss(layer, stream)
+                share, numbers = loss(layer, stream)
                 measured[layer] = share.detach(), numbers
                 return torch.autograd.grad(weight * share, stream)[0] if share.requires_grad else None
 
