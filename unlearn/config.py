@@ -208,7 +208,7 @@ class TrainConfig(CorpusFlags, ResumeFlags):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         _check_numbers(self)
-        if self.remove_coef == 0.0 and self.retain_loss == "kl" and self.layers != _default("layers"):
+        if not self.uses_layers and self.layers != _default("layers"):
             raise UserError("--layers has no effect with --remove-coef 0 and --retain-loss kl: leave it out")
 
     def _mode_defaults(self) -> dict[str, Any]:
@@ -239,6 +239,11 @@ class TrainConfig(CorpusFlags, ResumeFlags):
         """Whether AdamW gets any parameter: under Muon, LoRA leaves it none."""
         return not (self.optimizer == "muon" and self.lora_rank > 0)
 
+    @property
+    def uses_layers(self) -> bool:
+        """Whether a loss is read at target layers: the divergence from the original is not."""
+        return not (self.remove_coef == 0.0 and self.retain_loss == "kl")
+
     def _refuse_idle_flags(self) -> None:
         """Raise if a flag was given that this mode would ignore."""
         idle = [
@@ -268,7 +273,9 @@ class TrainConfig(CorpusFlags, ResumeFlags):
         return self.shard or ("full" if self.lora_rank == 0 and world_size > 1 else "replicate")
 
     def check_depth(self, depth: int) -> None:
-        """Raise unless every target layer exists in a model of `depth` blocks."""
+        """Raise unless every target layer exists in a model of `depth` blocks, or none is looked at."""
+        if not self.uses_layers:
+            return
         highest = depth - 1 if self.lens_tap == "output" else depth
         for layer in self.layers:
             if not 0 <= layer <= highest:
