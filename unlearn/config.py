@@ -36,11 +36,14 @@ class CorpusFlags:
     """Where forget and retain text come from."""
 
     forget: str = FORGET
-    """Forget corpus: a .jsonl, .parquet or .txt file, a saved `datasets` folder, or a hub name, NAME[:CONFIG]."""
+    """Forget corpus: a .jsonl, .json, .csv, .parquet or .txt file (a document a line; text also .gz or .zst), a folder
+    of .jsonl or .parquet files, a saved `datasets` folder, or a hub name, NAME[:CONFIG]."""
     forget_column: str | None = None
-    """Text column of the forget corpus. Default: title, abstract and text joined by blank lines, else `page`."""
+    """Text column of the forget corpus. Default: title, abstract and text joined by blank lines, else `page`. Only
+    strings are text."""
     forget_template: str | None = None
-    """Text of a forget document built from its columns, e.g. '{title}\\n\\n{abstract}\\n\\n{text}'."""
+    """Text of a forget document built from its columns, e.g. '{title}\\n\\n{abstract}\\n\\n{text}'; it names columns
+    and nothing else."""
     retain: str = RETAIN
     """Retain corpus, in the same forms."""
     retain_column: str | None = None

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 
@@ -33,18 +33,32 @@ _REFUSALS = (
 def local_folder(path: str, what: str, needed: str) -> str:
     """`path` unchanged if it is a folder that holds `needed`, or looks like a hub name; `UserError` otherwise."""
     folder = Path(path).expanduser()
-    if folder.is_dir():
+    kind = kind_of(folder, what)
+    if kind == "folder":
         if not os.access(folder, os.R_OK | os.X_OK):
             raise no_right(folder, f"{what} folder")
         if not (folder / needed).is_file():
             raise UserError(f"expected {needed} in the {what} folder {path}; found none: check the path")
         check_file(folder / needed, what)
         return str(folder)
-    if folder.exists():
+    if kind == "file":
         raise UserError(f"expected a {what} folder; found the file {path}: give the folder that holds {needed}")
     if not is_hub_name(path):
         raise UserError(f"expected a {what} folder or a hub name OWNER/NAME; found nothing at {path}: check the path")
     return path
+
+
+def kind_of(path: Path, what: str) -> Literal["folder", "file"] | None:
+    """What is at `path`, None for nothing; `UserError` where this may not be known, or no path is of that form."""
+    try:
+        if not path.exists():
+            return None
+        return "folder" if path.is_dir() else "file"
+    except PermissionError as error:
+        raise no_right(path, what) from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"expected the path of a {what}; found {reason!r} at {str(path)[:80]}: check it") from error
 
 
 def is_hub_name(path: str) -> bool:
