@@ -46,15 +46,11 @@ class Checkpoint:
         Raises:
             UserError: there is none, one is damaged or may not be read, or the index names a file that is missing.
         """
-        folder = _folder(path, revision)
-        files: dict[str, str] = {}
-        for name in _weight_files(folder, path):
-            files |= dict.fromkeys(_keys(folder / name, path), name)
-        return cls(path, folder, files)
+        return cls._in(_folder(path, revision), path)
 
     @classmethod
     def at_hand(cls, path: str, *, revision: str | None = None) -> "Checkpoint | None":
-        """The same without a download; None where there are no weights yet."""
+        """The same without a download, or waiting for other ranks; None where there are no weights yet."""
         folder = Path(path).expanduser()
         if not folder.is_dir():
             try:
@@ -63,7 +59,14 @@ class Checkpoint:
                 return None
         if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
             return None
-        return cls.open(path, revision=revision)
+        return cls._in(folder, path)
+
+    @classmethod
+    def _in(cls, folder: Path, path: str) -> "Checkpoint":
+        files: dict[str, str] = {}
+        for name in _weight_files(folder, path):
+            files |= dict.fromkeys(_keys(folder / name, path), name)
+        return cls(path, folder, files)
 
     def paths(self) -> list[Path]:
         """The files that the tensors are in."""
