@@ -14,6 +14,7 @@ from conftest import random_lens, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from unlearn.corpus import read_texts
 from unlearn.errors import UserError
 from unlearn.lens import TunedLens
 from unlearn.lora import add_lora, save_adapter
@@ -219,6 +220,8 @@ def as_nobody() -> Iterator[Path]:
     finally:
         if user == 0:
             os.seteuid(0)
+        for place in (folder, *filter(Path.is_dir, folder.iterdir())):
+            place.chmod(0o755)
         shutil.rmtree(folder)
 
 
@@ -233,6 +236,21 @@ def test_another_users_files(name: str) -> None:
             os.seteuid(65534)
         with pytest.raises(UserError, match=f"that may be read at .*{name}; found 'Permission denied'"):
             load_model(str(folder))
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x", "x/y.jsonl"])
+def test_another_users_corpus(name: str) -> None:
+    with as_nobody() as place:
+        (place / name).parent.mkdir(exist_ok=True)
+        if name == "x":
+            (place / name).mkdir()
+        else:
+            (place / name).write_text('{"text": "words"}')
+        (place / ("x" if "/" in name else name)).chmod(0o000)
+        if os.geteuid() == 0:
+            os.seteuid(65534)
+        with pytest.raises(UserError, match="that may be read at .*; found 'Permission denied'"):
+            read_texts(str(place / name))
 
 
 def test_a_pointer_of_git_lfs_in_place_of_the_weights(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pyarrow.parquet
 from datasets.exceptions import DatasetNotFoundError
 
 from unlearn.errors import UserError
-from unlearn.files import check_file, hub_error, is_hub_name, kind_of, no_right
+from unlearn.files import check_file, hub_error, is_hub_name, kind_of
 
 KINDS = (".jsonl", ".json", ".parquet", ".csv", ".txt")
 IN_FOLDERS = (".jsonl", ".parquet")  # what a folder of files may consist of
@@ -86,10 +86,7 @@ def _folder(folder: Path) -> list[Part]:
     """A data set that `datasets` saved, or all JSONL or all Parquet files of a folder."""
     if any((folder / name).is_file() for name in SAVED):
         return [_data_set(_saved(folder), str(folder))]
-    try:
-        files = sorted(file for file in folder.iterdir() if _suffix(file)[0] in IN_FOLDERS and file.is_file())
-    except PermissionError as error:
-        raise no_right(folder, "corpus") from error
+    files = sorted(file for file in folder.iterdir() if _suffix(file)[0] in IN_FOLDERS and file.is_file())
     kinds = {_suffix(file)[0] for file in files}
     if len(kinds) != 1:
         found = "both" if kinds else "none"

@@ -35,8 +35,6 @@ def local_folder(path: str, what: str, needed: str) -> str:
     folder = Path(path).expanduser()
     kind = kind_of(folder, what)
     if kind == "folder":
-        if not os.access(folder, os.R_OK | os.X_OK):
-            raise no_right(folder, f"{what} folder")
         if not (folder / needed).is_file():
             raise UserError(f"expected {needed} in the {what} folder {path}; found none: check the path")
         check_file(folder / needed, what)
@@ -53,9 +51,15 @@ def kind_of(path: Path, what: str) -> Literal["folder", "file"] | None:
     try:
         if not path.exists():
             return None
-        return "folder" if path.is_dir() else "file"
+        if not path.is_dir():
+            return "file"
+        if not os.access(path, os.R_OK | os.X_OK, effective_ids=True):
+            raise no_right(path, f"{what} folder")
+        return "folder"
     except PermissionError as error:
         raise no_right(path, what) from error
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"expected the path of a {what}; found {reason!r} at {str(path)[:80]}: check it") from error
