@@ -99,10 +99,13 @@ def prepare(config: TamperConfig) -> Grid:
     from evals.evaluation import Evaluation
     from evals.fine_tuning import AttackFlags, attack_batches, check_examples_differ
     from unlearn.model import load_config, load_tokenizer
+    from unlearn.model_config import check_windows
 
     tokenizer = load_tokenizer(config.model, revision=config.revision)
     identity = _models(config, tokenizer)
     corpora = _corpora(config, tokenizer)
+    windows = {corpus.name: corpus.windows for corpus in corpora.values()}
+    check_windows(load_config(config.model, revision=config.revision), windows)
     identity |= {f"{name} corpus": corpus.sha256() for name, corpus in corpora.items()}
     evaluation = Evaluation.of(config, tokenizer, load_config(config.model, revision=config.revision))
     identity["questions"] = evaluation.sha256()

@@ -66,7 +66,7 @@ class TamperConfig(ResumeFlags):
     output: str
     """New folder for attack.json, attack.png and attacks/."""
     corpus: str | None = None
-    """Attack text, unseen in unlearning: a .jsonl, .parquet or .txt file, a saved `datasets` folder, or a hub name."""
+    """Attack text, unseen in unlearning: a file, folder or hub name, as --forget of train.py takes them."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     column: str | None = None

@@ -11,14 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WORDS, write_corpus
+from conftest import WORDS, tiny_model, tiny_tokenizer, write_corpus, write_home
 from evals_support import question, write_wmdp
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from unlearn.errors import UserError
+from unlearn.fit_config import FitLensConfig
+from unlearn.fit_lens import fit_lens
 from unlearn.lora import add_lora, load_adapter, merge_lora
-from unlearn.model import load_model
+from unlearn.model import load_model, save_model
 from unlearn.run_folder import ATTACK, LENS, RUN, begin, check_output
 
 ROOT = Path(__file__).parent.parent
@@ -167,6 +169,23 @@ def test_fit_lens_is_read_by_train(home: Path, tmp_path: Path, attempt: Callable
     assert "python -m unlearn: error: expected a new folder for --output" in result.stderr
 
 
+def test_a_lens_that_learnt_nothing_is_the_logit_lens(home: Path, tmp_path: Path, token_cache: Path) -> None:
+    """fit.json compared a logit lens measured in float32 with a tuned lens measured in bf16."""
+    config = FitLensConfig(
+        model=str(home / "model"),
+        forget=str(home / "forget.jsonl"),
+        retain=str(home / "retain.jsonl"),
+        output=str(tmp_path / "lens"),
+        steps=1,
+        seq_len=24,
+        micro_batch=16,
+        lr=1e-12,
+    )
+    fit_lens(config)
+    report = json.loads((tmp_path / "lens" / "fit.json").read_text())
+    assert report["logit_lens"] == report["tuned_lens"] and report["logit_lens"][0]["kl"] > 0.0
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_attack(home: Path, data: Path, tmp_path: Path, ranks: int) -> None:
     sizes = "--batch 4 --examples 10 --seq-len 24 --eval-every 2 --eval-tasks wmdp_bio --lr 1e-3 --dtype fp32".split()
@@ -204,6 +223,18 @@ def test_mistakes_of_train(home: Path, tmp_path: Path, attempt: Callable[..., st
     places = {"MODEL": str(home / "model"), "FILE": str(tmp_path / "file")}
     changes = {key: places.get(value, value) for key, value in changes.items()}
     assert fragment in attempt(*flags(home, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_models_that_cannot_read_the_corpus(tmp_path: Path, attempt: Callable[..., str], token_cache: Path) -> None:
+    """Both were IndexErrors in the first step (on a GPU an assertion of the device), after the folder was claimed."""
+    home = write_home(tmp_path / "home", tiny_tokenizer(), "gpt2")
+    (home / "retain.jsonl").write_text(json.dumps({"text": "jasper kaolin " * 100}))
+    assert "at most 128 tokens, the positions that the model has learned" in attempt(
+        *flags(home, tmp_path / "run", **{"seq-len": 2048})
+    )
+    save_model(tiny_model("gpt2", vocab_size=200), tiny_tokenizer(), home / "model")
+    assert "expected a tokenizer of at most 200 tokens" in attempt(*flags(home, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 

@@ -90,6 +90,16 @@ def test_target_layers_must_exist() -> None:
         TrainConfig(layers=(4,), lens="somewhere").check_depth(4)
 
 
+def test_target_layers_that_no_loss_reads_need_not_exist() -> None:
+    """--remove-coef 0 --retain-loss kl could not start on a model of fewer than 30 blocks, with --layers or without."""
+    flags = {"remove_coef": 0.0, "retain_loss": "kl"}
+    TrainConfig(**flags).check_depth(4)
+    with pytest.raises(UserError, match="--layers has no effect"):
+        TrainConfig(**flags, layers=(1, 2))
+    with pytest.raises(UserError, match="--layers in 0"):
+        TrainConfig(remove_coef=0.0, retain_loss="l2").check_depth(4)
+
+
 @pytest.mark.parametrize("script", ["train.py", "evals/run.py", "evals/tamper.py", "-m unlearn", "launch/demo.py"])
 @pytest.mark.parametrize("flag", ["--help", "--no-such-flag"])
 def test_help_and_wrong_flags_answer_at_once(script: str, flag: str) -> None:

@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import WORDS, write_corpus
 from transformers import PreTrainedTokenizerFast
 
 from unlearn.data import Batches, Corpus, read_corpus, split_windows
@@ -70,18 +69,6 @@ def test_replaced_file_gives_its_new_text(tmp_path: Path, tokenizer: PreTrainedT
         assert decoded(read_corpus(str(path), tokenizer, seq_len=128), tokenizer) == [f"{word} ember"]
 
 
-def test_second_reading_comes_from_the_cache(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, token_cache: Path
-) -> None:
-    path = write_corpus(tmp_path / "corpus.jsonl", WORDS)
-    first = read_corpus(str(path), tokenizer, seq_len=16)
-    (cached,) = (token_cache / "unlearn-tokens").glob("*.arrow")
-    stamp = cached.stat().st_mtime_ns
-    second = read_corpus(str(path), tokenizer, seq_len=16)
-    assert cached.stat().st_mtime_ns == stamp
-    assert all(np.array_equal(a, b) for a, b in zip(first.windows, second.windows, strict=True))
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -91,8 +78,8 @@ def test_second_reading_comes_from_the_cache(
         ("other.jsonl", b'{"body": "words here"}', "text column 'page'.*found body"),
         ("broken.jsonl", b'{"text": "words', "damaged"),
         ("broken.parquet", b"PAR1 nonsense", "damaged"),
-        ("corpus.csv", b"text\nwords", "ending in .jsonl"),
-        ("single.jsonl", b'{"text": "basalt ember"}\n{"text": "a"}', "single token"),
+        ("corpus.xml", b"<text>words</text>", "ending in .jsonl"),
+        ("single.jsonl", b'{"text": "a"}\n{"text": "b"}', "found 2 of a single token"),
         ("latin.txt", "caf\xe9 words".encode("latin-1"), "damaged"),
     ],
 )
@@ -112,6 +99,7 @@ def test_wrong_column_template_folder_and_hub_name(tmp_path: Path, tokenizer: Pr
         read_corpus(str(path), tokenizer, seq_len=16, column="body")
     with pytest.raises(UserError, match="template over the columns"):
         read_corpus(str(path), tokenizer, seq_len=16, template="{body}")
+    path.unlink()
     with pytest.raises(UserError, match="save_to_disk"):
         read_corpus(str(tmp_path), tokenizer, seq_len=16)
     with pytest.raises(UserError, match="hf download --repo-type dataset somebody/corpus"):

@@ -393,5 +393,7 @@ def test_a_control_with_other_tokens(home: Path, data: Path, tmp_path: Path, mon
     vocabulary = json.loads((tmp_path / "other/tokenizer.json").read_text())
     vocabulary["added_tokens"].append(vocabulary["added_tokens"][0] | {"id": 301, "content": "<other>"})
     (tmp_path / "other/tokenizer.json").write_text(json.dumps(vocabulary))
+    config = json.loads((tmp_path / "other/config.json").read_text())
+    (tmp_path / "other/config.json").write_text(json.dumps(config | {"vocab_size": 302}))
     with pytest.raises(UserError, match="--control never-seen with the tokenizer of --model; found another"):
         attack(monkeypatch, words(home, data, tmp_path / "out", "--control", f"never-seen={tmp_path / 'other'}"))

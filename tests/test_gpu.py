@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import hide_gpus
+from test_losses import language_model
 from test_methods import config, gradients_of
 
+from unlearn.losses import logits_of
 from unlearn.unlearning import build
 from unlearn.weights import local_rows
 
@@ -55,3 +57,14 @@ def test_bf16_steps_stay_finite(home: Path, mode: str) -> None:
         for optimizer in run.optimizers.values():
             optimizer.step()
             optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_logits_of_bf16_are_float32(autocast: bool) -> None:
+    """The product is summed in float32 there anyway, and must not be rounded on its way out."""
+    hidden, _, matrix = (tensor.cuda() for tensor in language_model(0.0))
+    exact = (hidden.double() @ matrix.double().T).float()
+    if autocast:
+        hidden, matrix = hidden.float(), matrix.float()
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        torch.testing.assert_close(logits_of(hidden, matrix), exact, rtol=1e-5, atol=1e-4)

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from unlearn.losses import kl_divergence, l2_distance, next_token, uniform_cross_entropy, uniform_per_token
+from unlearn.losses import (
+    _multiply,
+    kl_divergence,
+    l2_distance,
+    logits_of,
+    next_token,
+    uniform_cross_entropy,
+    uniform_per_token,
+)
 
 # float32 sums over a 301-word vocabulary of logits of size about 5
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
@@ -103,6 +111,70 @@ def test_kl_divergence_of_a_model_with_itself_is_zero_in_bf16_too() -> None:
     hidden, matrix = (tensor.bfloat16() for tensor in inputs(11))
     _, per_token = kl_divergence(hidden, matrix, hidden, matrix, torch.ones(11))
     assert torch.equal(per_token, torch.zeros(11))
+
+
+def language_model(move: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Live and reference hidden states [64, D] and an unembedding [V, D], bf16: a likeliest token stands out."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(2048, 256, generator=generator) * 0.12
+    chosen = torch.randint(2048, (64,), generator=generator)
+    hidden = torch.randn(64, 256, generator=generator) + 0.32 * matrix[chosen] / 0.12
+    live = hidden + move * torch.randn(64, 256, generator=generator)
+    return live.bfloat16(), hidden.bfloat16(), matrix.bfloat16()
+
+
+def cosine(one: Tensor, other: Tensor) -> float:
+    return torch.nn.functional.cosine_similarity(one.double().flatten(), other.double().flatten(), dim=0).item()
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("move", [1e-3, 1e-2])
+def test_a_small_divergence_in_bf16(move: float, autocast: bool, softcap: float | None) -> None:
+    """Logits were rounded to bf16 before the softmax: ten times the divergence at 6e-6 nats, a gradient of rounding."""
+    live, kept, matrix = language_model(move)
+    weights = torch.full((64,), 1 / 64)
+    exact, exact_matrix = live.double().requires_grad_(), matrix.double().requires_grad_()
+    reference = torch.log_softmax(naive_logits(kept, matrix, softcap), -1)
+    found = torch.log_softmax(naive_logits(exact, exact_matrix, softcap), -1)
+    expected = (reference.exp() * (reference - found)).sum(-1).mean()
+    expected.backward()
+    if autocast:  # as in full training on one rank: float32 weights, multiplied in bf16
+        live, kept, matrix = live.float(), kept.float(), matrix.float()
+    live.requires_grad_()
+    matrix.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss, _ = kl_divergence(live, matrix, kept, matrix.detach(), weights, chunk=48, softcap=softcap)
+    loss.backward()
+    assert 1e-6 < expected.item() < 1e-3
+    assert loss.item() == pytest.approx(expected.item(), rel=0.03)
+    assert cosine(live.grad, exact.grad) > 0.999 and cosine(matrix.grad, exact_matrix.grad) > 0.999
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_logits_leave_a_product_of_bf16_in_float32(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of bf16 is 0.06 at a logit of 10; the cross-entropies read from them carried that."""
+    hidden, _, matrix = language_model(0.0)
+    monkeypatch.setattr("unlearn.losses.BLOCK", 256 * 301)  # several blocks, the last one short
+    exact = naive_logits(hidden, matrix, softcap)
+    found = logits_of(hidden.reshape(8, 8, -1), matrix, softcap)
+    assert found.dtype == torch.float32 and found.shape == (8, 8, 2048)
+    torch.testing.assert_close(found.flatten(0, 1), exact.float(), rtol=1e-5, atol=1e-5)
+    targets = torch.arange(64)
+    expected = torch.nn.functional.cross_entropy(exact, targets, reduction="none").float()
+    _, losses = next_token(hidden, matrix, targets, torch.ones(64), softcap=softcap)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+    ratio, entropy = uniform_per_token(hidden, matrix, chunk=48, softcap=softcap)
+    torch.testing.assert_close(
+        ratio, (-torch.log_softmax(exact, -1).mean(-1) / math.log(2048)).float(), rtol=1e-5, atol=0
+    )
+    expected = torch.distributions.Categorical(logits=exact).entropy().float()
+    torch.testing.assert_close(entropy, expected, rtol=0, atol=0.03)  # its second product is in bf16
+
+
+def test_a_device_that_multiplies_bf16_into_float32_is_asked_to() -> None:
+    hidden, _, matrix = (tensor.to("meta") for tensor in language_model(0.0))
+    _multiply(hidden, matrix, torch.empty(64, 2048, device="meta"))
 
 
 def test_l2_distance_has_a_finite_gradient_at_zero() -> None:

@@ -45,7 +45,7 @@ def naive(parts: Parts, lens: TunedLens, step: int, flags: TrainConfig) -> dict[
         streams = _states(parts.model, ids)
         per_layer = []
         for layer in flags.layers:
-            logits = lens.logits(streams[layer + shift][0], layer).double()
+            logits = (lens.hidden(streams[layer + shift][0], layer) @ lens.unembedding.T).double()
             if flags.forget_loss == "uniform":
                 losses = -torch.log_softmax(logits, -1).mean(-1)
             else:

@@ -36,11 +36,14 @@ class CorpusFlags:
     """Where forget and retain text come from."""
 
     forget: str = FORGET
-    """Forget corpus: a .jsonl, .parquet or .txt file, a saved `datasets` folder, or a hub name, NAME[:CONFIG]."""
+    """Forget corpus: a .jsonl, .json, .csv, .parquet or .txt file (a document a line; text also .gz or .zst), a folder
+    of .jsonl or .parquet files, a saved `datasets` folder, or a hub name, NAME[:CONFIG]."""
     forget_column: str | None = None
-    """Text column of the forget corpus. Default: title, abstract and text joined by blank lines, else `page`."""
+    """Text column of the forget corpus. Default: title, abstract and text joined by blank lines, else `page`. Only
+    strings are text."""
     forget_template: str | None = None
-    """Text of a forget document built from its columns, e.g. '{title}\\n\\n{abstract}\\n\\n{text}'."""
+    """Text of a forget document built from its columns, e.g. '{title}\\n\\n{abstract}\\n\\n{text}'; it names columns
+    and nothing else."""
     retain: str = RETAIN
     """Retain corpus, in the same forms."""
     retain_column: str | None = None
@@ -212,7 +215,7 @@ class TrainConfig(CorpusFlags, ResumeFlags):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         _check_numbers(self)
-        if self.remove_coef == 0.0 and self.retain_loss == "kl" and self.layers != _default("layers"):
+        if not self.uses_layers and self.layers != _default("layers"):
             raise UserError("--layers has no effect with --remove-coef 0 and --retain-loss kl: leave it out")
 
     def _mode_defaults(self) -> dict[str, Any]:
@@ -244,6 +247,11 @@ class TrainConfig(CorpusFlags, ResumeFlags):
         """Whether AdamW gets any parameter: under Muon, LoRA leaves it none."""
         return not (self.optimizer == "muon" and self.lora_rank > 0)
 
+    @property
+    def uses_layers(self) -> bool:
+        """Whether a loss is read at target layers: the divergence from the original is not."""
+        return not (self.remove_coef == 0.0 and self.retain_loss == "kl")
+
     def _refuse_idle_flags(self) -> None:
         """Raise if a flag was given that this mode would ignore."""
         idle = [
@@ -274,7 +282,9 @@ class TrainConfig(CorpusFlags, ResumeFlags):
         return self.shard or ("full" if self.lora_rank == 0 and world_size > 1 else "replicate")
 
     def check_depth(self, depth: int) -> None:
-        """Raise unless every target layer exists in a model of `depth` blocks."""
+        """Raise unless every target layer exists in a model of `depth` blocks, or none is looked at."""
+        if not self.uses_layers:
+            return
         highest = depth - 1 if self.lens_tap == "output" else depth
         for layer in self.layers:
             if not 0 <= layer <= highest:

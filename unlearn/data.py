@@ -1,35 +1,25 @@
 """Text -> token windows -> one seeded global order -> global batches -> this rank's rows.
 
-A corpus is read whole, tokenised once and cached by `datasets` under a name made of the text's and the tokenizer's
-hashes. A document longer than a window becomes several windows of nearly equal length, and none of it is dropped. The
-order of the windows, and which of them form a global batch, depend on the seed and not on the number of ranks.
+A corpus is read whole (`corpus.py`) and tokenised once (`token_cache.py`). A document longer than a window becomes
+several windows of nearly equal length, and none of it is dropped. The order of the windows, and which of them form a
+global batch, depend on the seed and not on the number of ranks.
 """
 
 import hashlib
-import itertools
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.json
-import pyarrow.parquet
 import torch
-from datasets.exceptions import DatasetNotFoundError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from unlearn.distributed import main_first, rank, world_size
+from unlearn.corpus import read_texts
+from unlearn.distributed import is_main, main_first, rank, world_size
 from unlearn.errors import UserError
-from unlearn.files import hub_error, is_hub_name, writing
 from unlearn.seeding import derive, generator
-
-JOINED = ("title", "abstract", "text")
+from unlearn.token_cache import tokenise
 
 
 @dataclass(frozen=True)
@@ -116,28 +106,37 @@ def read_corpus(
     column: str | None = None,
     template: str | None = None,
 ) -> Corpus:
-    """Read and tokenise a corpus.
+    """Read and tokenise a corpus. Documents of a single token, which have nothing to predict, are left out and counted.
 
     Args:
-        source: a .jsonl, .parquet or .txt file (a document a line), a folder that `datasets` saved, or a hub name,
-            NAME or NAME:CONFIG, of which the split `train` is read.
+        source: a .jsonl, .json, .csv, .parquet or .txt file (a document a line), text also as .gz or .zst; a folder of
+            .jsonl or .parquet files, or one that `datasets` saved; or a hub name, NAME or NAME:CONFIG, of which the
+            split `train` is read.
         seq_len: the longest window, in tokens.
         column, template: which text of a row counts (see `config.TrainConfig`).
 
     Raises:
-        UserError: nothing there, not readable, no such column, no text, or a document of one token.
+        UserError: nothing there, not readable, no such column, something else than text, or no document with two
+            tokens.
     """
     with main_first():
-        table = _read_rows(source)
-        texts = _texts(table, source, column, template)
-        tokens = _tokenise(texts, tokenizer, source)
-    lengths = [len(document) for document in tokens]
-    if 1 in lengths:
+        found = read_texts(source, column=column, template=template)
+        if not any(found.texts):
+            raise UserError(f"expected text in {source}; found none: choose another corpus or column")
+        tokens = tokenise(found.texts, tokenizer, source)
+    documents = [document for document in tokens if len(document) > 1]
+    single = [index for index, document in enumerate(tokens) if len(document) == 1]
+    if not documents:
         raise UserError(
-            f"expected documents of two tokens or more in {source}; found one of a single token "
-            f"({texts[lengths.index(1)]!r}): there is nothing to predict in it, remove it"
+            f"expected documents of two tokens or more in {source}; found {len(single)} of a single token: there is "
+            "nothing to predict in them, choose another corpus or column"
         )
-    documents = [document for document in tokens if len(document) > 0]
+    if single and is_main():
+        print(
+            f"warning: left out {len(single)} of the documents in {source}: they have a single token, and nothing to "
+            f"predict (the first is {found.texts[single[0]]!r}, {found.place(single[0])})",
+            flush=True,
+        )
     windows = [window for document in documents for window in split_windows(document, seq_len)]
     return Corpus(source, len(documents), windows)
 
@@ -148,132 +147,6 @@ def split_windows(document: np.ndarray, seq_len: int) -> list[np.ndarray]:
     All of it is kept, and no window has a single token if the document has two or more.
     """
     return np.array_split(document, math.ceil(len(document) / seq_len))
-
-
-def _read_rows(source: str) -> datasets.Dataset:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _read_saved(path)
-    if path.is_file():
-        return _read_file(path)
-    name, _, config = source.partition(":")
-    if Path(source).suffix in (".jsonl", ".json", ".parquet", ".txt") or not is_hub_name(name):
-        raise UserError(f"expected a corpus file, folder or hub name; found nothing at {source}: check the path")
-    try:
-        return datasets.load_dataset(name, config or None, split="train")
-    except (DatasetNotFoundError, ConnectionError, OSError, ValueError) as error:
-        raise hub_error(name, "corpus", error) from error
-
-
-def _read_saved(folder: Path) -> datasets.Dataset:
-    try:
-        saved = datasets.load_from_disk(str(folder))
-    except (FileNotFoundError, ValueError, pa.ArrowInvalid) as error:
-        raise UserError(
-            f"expected a folder written by `Dataset.save_to_disk` at {folder}; found another folder: give "
-            "the file inside it"
-        ) from error
-    if isinstance(saved, datasets.DatasetDict):
-        if "train" not in saved:
-            raise UserError(f"expected a split `train` in {folder}; found {', '.join(saved)}: give the split's folder")
-        return saved["train"]
-    return saved
-
-
-def _read_file(path: Path) -> datasets.Dataset:
-    readers = {".jsonl": _read_jsonl, ".json": _read_jsonl, ".parquet": pyarrow.parquet.read_table, ".txt": _read_text}
-    if path.suffix not in readers:
-        raise UserError(f"expected a corpus ending in .jsonl, .parquet or .txt; found {path}: convert it")
-    if path.stat().st_size == 0:
-        raise UserError(f"expected text in {path}; found an empty file: choose another corpus")
-    try:
-        return datasets.Dataset(readers[path.suffix](path))
-    except (pa.ArrowInvalid, UnicodeDecodeError, OSError) as error:
-        raise UserError(
-            f"expected a whole {path.suffix} file at {path}; found a damaged one "
-            f"({str(error).splitlines()[0]}): fetch it again"
-        ) from error
-
-
-def _read_jsonl(path: Path) -> pa.Table:
-    # One block for the whole file, so that a long document never straddles two blocks.
-    block = pyarrow.json.ReadOptions(block_size=max(1 << 20, min(path.stat().st_size + 1, 2**31 - 1)))
-    return pyarrow.json.read_json(path, read_options=block)
-
-
-def _read_text(path: Path) -> pa.Table:
-    return pa.table({"text": [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]})
-
-
-def _texts(table: datasets.Dataset, source: str, column: str | None, template: str | None) -> list[str]:
-    """The text of every row."""
-    found = table.column_names
-    if template is not None:
-        try:
-            return [template.format(**{key: _string(value) for key, value in row.items()}) for row in table]
-        except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-            raise UserError(
-                f"expected a template over the columns {', '.join(found)} of {source}; found {error} in "
-                f"{template!r}: write a column as {{name}}"
-            ) from error
-    if column is None:
-        columns = [name for name in JOINED if name in found] if "text" in found else ["page"]
-    else:
-        columns = [column]
-    for name in columns:
-        if name not in found:
-            raise UserError(
-                f"expected the text column {name!r} in {source}; found {', '.join(found)}: name the column, or give a "
-                "template"
-            )
-    parts = [table[name] for name in columns]
-    return ["\n\n".join(text for text in map(_string, row) if text) for row in zip(*parts, strict=True)]
-
-
-def _string(value: Any) -> str:
-    return "" if value is None else str(value).strip()
-
-
-def _tokenise(texts: list[str], tokenizer: PreTrainedTokenizerBase, source: str) -> list[np.ndarray]:
-    """Token ids of every text, from the cache where the same text met the same tokenizer before."""
-    if not any(texts):
-        raise UserError(f"expected text in {source}; found none: choose another corpus or column")
-    key = _fingerprint(texts, tokenizer)
-    folder = Path(os.environ.get("HF_DATASETS_CACHE", datasets.config.HF_DATASETS_CACHE)) / "unlearn-tokens"
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    dataset = datasets.Dataset(pa.table({"text": texts}), fingerprint=key)
-
-    def encode(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        return {"tokens": [tokenizer(text, verbose=False)["input_ids"] if text else [] for text in rows["text"]]}
-
-    mapped = dataset.map(
-        encode,
-        batched=True,
-        remove_columns=["text"],
-        features=datasets.Features({"tokens": datasets.Sequence(datasets.Value("int32"))}),
-        cache_file_name=str(folder / f"{key}.arrow"),
-        new_fingerprint=key,
-        desc=f"tokenising {source}",
-    )
-    return [array for chunk in mapped.data.column("tokens").chunks for array in _arrays(chunk)]
-
-
-def _arrays(chunk: pa.ListArray) -> list[np.ndarray]:
-    """The lists of one Arrow chunk as int32 views, without a copy."""
-    values, offsets = chunk.values.to_numpy(zero_copy_only=False), chunk.offsets.to_numpy()
-    return [values[start:end] for start, end in itertools.pairwise(offsets)]
-
-
-def _fingerprint(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> str:
-    """A name for these texts under this tokenizer."""
-    fast = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else ""
-    description = (sorted(tokenizer.get_vocab().items()), str(tokenizer.init_kwargs), fast)
-    digest = hashlib.sha256(repr(description).encode())
-    for text in texts:
-        encoded = text.encode("utf-8", "surrogatepass")
-        digest.update(len(encoded).to_bytes(8, "little") + encoded)
-    return digest.hexdigest()[:32]
 
 
 class Batches:

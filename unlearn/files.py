@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 
@@ -33,15 +33,36 @@ _REFUSALS = (
 def local_folder(path: str, what: str, needed: str) -> str:
     """`path` unchanged if it is a folder that holds `needed`, or looks like a hub name; `UserError` otherwise."""
     folder = Path(path).expanduser()
-    if folder.is_dir():
+    kind = kind_of(folder, what)
+    if kind == "folder":
         if not (folder / needed).is_file():
             raise UserError(f"expected {needed} in the {what} folder {path}; found none: check the path")
+        check_file(folder / needed, what)
         return str(folder)
-    if folder.exists():
+    if kind == "file":
         raise UserError(f"expected a {what} folder; found the file {path}: give the folder that holds {needed}")
     if not is_hub_name(path):
         raise UserError(f"expected a {what} folder or a hub name OWNER/NAME; found nothing at {path}: check the path")
     return path
+
+
+def kind_of(path: Path, what: str) -> Literal["folder", "file"] | None:
+    """What is at `path`, None for nothing; `UserError` where this may not be known, or no path is of that form."""
+    try:
+        if not path.exists():
+            return None
+        if not path.is_dir():
+            return "file"
+        if not os.access(path, os.R_OK | os.X_OK, effective_ids=True):
+            raise no_right(path, f"{what} folder")
+        return "folder"
+    except PermissionError as error:
+        raise no_right(path, what) from error
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"expected the path of a {what}; found {reason!r} at {str(path)[:80]}: check it") from error
 
 
 def is_hub_name(path: str) -> bool:
@@ -49,8 +70,38 @@ def is_hub_name(path: str) -> bool:
     return not path.startswith((".", "/", "~")) and path.count("/") <= 1 and not path.endswith("/") and path != ""
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def check_file(file: Path, what: str) -> None:
+    """Raise `UserError` if `file` may not be read, or stands for a file that Git LFS has not fetched.
+
+    Libraries call the first "no such file" and the second damaged.
+    """
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(len(LFS_POINTER))
+    except PermissionError as error:
+        raise no_right(file, what) from error
+    if start == LFS_POINTER:
+        raise UserError(
+            f"expected a {what} in {file}; found a Git LFS pointer, which only names the file: run `git lfs pull` "
+            "where it was cloned, or fetch it with `hf download`"
+        )
+
+
+def no_right(path: Path | str, what: str) -> UserError:
+    """One sentence for a `what` that belongs to another user."""
+    return UserError(
+        f"expected a {what} that may be read at {path}; found 'Permission denied': ask its owner for the right to "
+        "read it, or copy it"
+    )
+
+
 def hub_error(path: str, what: str, error: Exception) -> UserError:
     """One sentence for a `what` that could not be read from `path`, a folder or a hub name."""
+    if isinstance(error, PermissionError):
+        return no_right(error.filename or path, what)
     if Path(path).expanduser().exists() or isinstance(error, SafetensorError):
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return UserError(f"expected a readable {what} in {path}; found {reason!r}: the files are damaged or incomplete")

@@ -27,7 +27,8 @@ from unlearn.lens import TunedLens
 from unlearn.losses import kl_divergence, logits_of
 from unlearn.methods.terms import Cost, Loss, Numbers, Term
 from unlearn.metrics import MetricsLog
-from unlearn.model import load_model, load_tokenizer, residual_streams
+from unlearn.model import load_config, load_model, load_tokenizer, residual_streams
+from unlearn.model_config import check_windows
 from unlearn.optim.build import BETAS, EPS, linear_schedule
 from unlearn.precision import DTYPES
 from unlearn.run_folder import FITTING, LENS, MARKER, check_output
@@ -136,6 +137,8 @@ def _read(config: FitLensConfig) -> tuple[list[Corpus], dict[str, str]]:
             ("retain", config.retain, config.retain_column, config.retain_template),
         )
     }
+    model_config = load_config(config.model, revision=config.revision)
+    check_windows(model_config, {corpus.name: corpus.windows for corpus in corpora.values()})
     identity = {f"{which} corpus": corpus.sha256() for which, corpus in corpora.items()}
     identity["model"] = files_hash(Checkpoint.open(config.model, revision=config.revision).paths())
     return list(corpora.values()), identity
@@ -151,9 +154,10 @@ def _fit(
     lens.translators.requires_grad_(True)
     optimizer = torch.optim.AdamW(lens.translators.parameters(), lr=config.lr, betas=BETAS, eps=EPS, weight_decay=0.0)
     this.claim(identity, {"adamw": optimizer}, 0)
-    plain = measure(model, lens, held_out)
+    plain = measure(model, TunedLens.identity(model), held_out)  # in the dtype in which the tuned one is measured
     _train(config, model, lens, training, {"adamw": optimizer}, this)
-    _close(config, output, lens.to(DTYPES[config.dtype]), plain, measure(model, lens, held_out))
+    lens.to(DTYPES[config.dtype])
+    _close(config, output, lens, plain, measure(model, lens, held_out))
     this.finish()
 
 

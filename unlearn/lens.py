@@ -24,14 +24,14 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unlearn.errors import UserError
-from unlearn.files import hub_error, local_folder, writing
+from unlearn.files import check_file, hub_error, local_folder, writing
 from unlearn.losses import logits_of
 from unlearn.model import final_norm, softcap, unembedding
+from unlearn.weights import save_tensors
 
 WEIGHT_FILES = ("params.safetensors", "model.safetensors", "params.pt")
 PREFIX = "layer_translators."
@@ -108,7 +108,7 @@ class TunedLens(nn.Module):
             tensors[name] = parameter.detach().cpu().contiguous()
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, folder / "params.safetensors")
+            save_tensors(tensors, folder / "params.safetensors")
             _save_pickle(tensors, folder / "params.pt")
             (folder / "config.json").write_text(json.dumps(self._config(), indent=2) + "\n", encoding="utf-8")
 
@@ -152,6 +152,7 @@ def _folder(path: str) -> Path:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
+    check_file(folder / "config.json", "lens config.json")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -171,7 +172,11 @@ def _check_config(config: dict[str, Any], model: PreTrainedModel, path: str) -> 
                 "use the lens of this model, or fit one with `python -m unlearn fit-lens`"
             )
     matrix = unembedding(model)
-    stored = {config[key] for key in ("unembed_hash", BF16_HASH) if config.get(key) is not None}
+    hashes = {key: config[key] for key in ("unembed_hash", BF16_HASH) if config.get(key) is not None}
+    for key, value in hashes.items():
+        if not isinstance(value, str):
+            raise UserError(f"expected {key} in {path}/config.json to be text; found {value!r}: use another lens")
+    stored = set(hashes.values())
     if stored & {unembedding_hash(matrix), unembedding_hash(matrix.bfloat16())}:
         return
     name = str(config.get("base_model_name_or_path", ""))
@@ -250,6 +255,7 @@ def _open_tensors(folder: Path) -> Any:
         file = folder / name
         if not file.is_file():
             continue
+        check_file(file, "lens")
         if file.suffix == ".pt":
             return _Pickled(file)
         try:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -27,7 +27,7 @@ from unlearn.errors import UserError
 from unlearn.files import hub_error, write_json, writing
 from unlearn.model import blocks, blocks_prefix
 from unlearn.seeding import derive, generator, keep_mask
-from unlearn.weights import full, local_rows
+from unlearn.weights import full, local_rows, save_tensors
 
 PEFT_PREFIX = "base_model.model."
 
@@ -203,7 +203,7 @@ def save_adapter(model: PreTrainedModel, folder: Path, base_name: str) -> None:
         if is_main():
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+                save_tensors(tensors, folder / "adapter_model.safetensors")
             write_json(folder / "adapter_config.json", _peft_config(layers, base_name))
 
 

@@ -6,6 +6,9 @@ said otherwise. Logits are z = U h, soft-capped as c tanh(z / c) where a model d
 
 A chunk's logits are needed once: the loss and its gradient are computed together in the forward pass, and backward
 only scales what was stored. Memory is one [chunk, V] float32 buffer, not [N, V].
+
+Logits leave their product in float32, whatever it multiplies: rounded to bfloat16 (steps of 0.06 at a logit of 10) they
+make a divergence of 6e-6 nats ten times as large, and most of its gradient is that rounding.
 """
 
 import math
@@ -17,46 +20,96 @@ import torch
 from torch import Tensor
 
 CHUNK = 512  # tokens; 512 x 50,304 float32 logits are 0.1 GiB
+BLOCK = 1 << 20  # numbers of an unembedding that a CPU has in float32 at once
 
 
 def logits_of(
     hidden: Tensor, unembedding: Tensor, softcap: float | None = None, *, out: Tensor | None = None
 ) -> Tensor:
-    """Float32 logits [N, V] of hidden states [N, D]; the product is in the unembedding's dtype, into `out` if given."""
-    logits = torch.matmul(hidden.to(unembedding.dtype), unembedding.T, out=out).float()
+    """Float32 logits [.., V] of hidden states [.., D], without gradients.
+
+    Args:
+        out: float32 [N, V], to write the products into; `hidden` is then [N, D].
+    """
+    matrix = computed(unembedding)
+    inputs = hidden.detach().reshape(-1, hidden.shape[-1]).to(matrix.dtype)
+    if out is None:
+        out = matrix.new_empty(inputs.shape[0], matrix.shape[0], dtype=torch.float32)
+    _multiply(inputs, matrix, out)  # into `out`, which autocast leaves alone
+    return _capped(out.view(*hidden.shape[:-1], -1), softcap)
+
+
+def computed(matrix: Tensor) -> Tensor:
+    """A matrix, without gradients, in the dtype in which it is multiplied: autocast's, or else its own."""
+    kind = matrix.device.type
+    return matrix.detach().to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else matrix.detach()
+
+
+def _multiply(inputs: Tensor, matrix: Tensor, out: Tensor) -> None:
+    """`inputs` [N, D] times the transpose of `matrix` [V, D], summed and left in float32, into `out` [N, V]."""
+    if matrix.dtype == torch.float32:
+        torch.mm(inputs, matrix.T, out=out)
+    elif matrix.device.type != "cpu":
+        torch.mm(inputs, matrix.T, torch.float32, out=out)  # what the GPU sums in anyway
+    else:  # there a product of bfloat16 is rounded to bfloat16
+        exact, rows = inputs.float(), max(1, BLOCK // matrix.shape[1])
+        for start in range(0, matrix.shape[0], rows):
+            torch.mm(exact, matrix[start : start + rows].float().T, out=out[:, start : start + rows])
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
+class _Buffers:
+    """Room for one chunk's logits, and for what is multiplied with the unembedding, in its dtype.
+
+    One of each for all chunks: on a CPU, fresh memory costs as much as a pass over it.
+    """
+
+    def __init__(self, unembedding: Tensor, rows: int):
+        self._logits = unembedding.new_empty(rows, unembedding.shape[0], dtype=torch.float32)
+        self._rounded = self._logits if unembedding.dtype == torch.float32 else self._logits.to(unembedding.dtype)
+
+    def logits(self, rows: int) -> Tensor:
+        """Float32 [rows, V]."""
+        return self._logits[:rows]
+
+    def rounded(self, slope: Tensor) -> Tensor:
+        """`slope` [rows, V] in the unembedding's dtype; overwrites what was rounded before."""
+        return self._rounded[: slope.shape[0]].copy_(slope)
+
+
 def _uniform_chunk(
-    hidden: Tensor, unembedding: Tensor, mean_row: Tensor, buffer: Tensor
+    hidden: Tensor, unembedding: Tensor, mean_row: Tensor, buffers: _Buffers
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(logsumexp - mean [n], entropy [n], gradient of the former [n, D]) of one chunk, in the buffer [n, V].
+    """(logsumexp - mean [n], entropy [n], gradient of the former [n, D]) of one chunk.
 
     Both remaining sums over V are products with U: mean_v z = h . mean_v U_v, and sum_v p_v z_v = h . (p U). The
     gradient is (p - 1/V) U, subtracted before the product: near a uniform prediction p U and mean_v U_v are nearly
     equal, and their difference would be the rounding of the product.
     """
-    logits = logits_of(hidden, unembedding, out=buffer)
+    logits = logits_of(hidden, unembedding, out=buffers.logits(hidden.shape[0]))
     largest = logits.amax(dim=-1, keepdim=True)
     weights = logits.sub_(largest).exp_()
     total = weights.sum(dim=-1, keepdim=True)
     log_normaliser = (largest + total.log()).squeeze(-1)
     slope = weights.sub_(total / weights.shape[-1])  # (p - 1/V) total
-    gradient = (buffer.copy_(slope) @ unembedding).float() / total  # in float32 the slope is the buffer
+    gradient = (buffers.rounded(slope) @ unembedding).float() / total
     exact = hidden.float()
     entropy = log_normaliser - torch.linalg.vecdot(exact, gradient + mean_row)
     return log_normaliser - exact @ mean_row, entropy, gradient
 
 
 def _uniform_chunk_capped(
-    hidden: Tensor, unembedding: Tensor, mean_row: Tensor, buffer: Tensor, *, softcap: float
+    hidden: Tensor, unembedding: Tensor, mean_row: Tensor, buffers: _Buffers, *, softcap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same for soft-capped logits, whose mean is no product with U."""
-    logits = logits_of(hidden, unembedding, softcap, out=buffer)
+    logits = logits_of(hidden, unembedding, softcap, out=buffers.logits(hidden.shape[0]))
     log_normaliser, probabilities = torch.logsumexp(logits, dim=-1), torch.softmax(logits, dim=-1)
     entropy = log_normaliser - torch.linalg.vecdot(probabilities, logits)
     slope = (probabilities - 1.0 / logits.shape[-1]) * (1.0 - (logits / softcap).square())
-    return log_normaliser - logits.mean(dim=-1), entropy, (slope.to(unembedding.dtype) @ unembedding).float()
+    return log_normaliser - logits.mean(dim=-1), entropy, (buffers.rounded(slope) @ unembedding).float()
 
 
 class _Uniform(torch.autograd.Function):
@@ -72,12 +125,11 @@ class _Uniform(torch.autograd.Function):
         entropy = torch.empty_like(loss)
         gradient = torch.empty_like(hidden) if hidden.requires_grad else None
         one_chunk = _uniform_chunk if softcap is None else partial(_uniform_chunk_capped, softcap=softcap)
-        # One buffer for all chunks: on a CPU, fresh memory costs as much as a pass over it.
-        buffer = unembedding.new_empty(min(chunk, hidden.shape[0]), unembedding.shape[0])
+        buffers = _Buffers(unembedding, min(chunk, hidden.shape[0]))
         for start in range(0, hidden.shape[0], chunk):
             tokens = hidden[start : start + chunk]
             part = slice(start, start + tokens.shape[0])
-            loss[part], entropy[part], slope = one_chunk(tokens, unembedding, mean_row, buffer[: tokens.shape[0]])
+            loss[part], entropy[part], slope = one_chunk(tokens, unembedding, mean_row, buffers)
             loss[part] *= scale
             if gradient is not None:
                 gradient[part] = slope * scale
@@ -127,6 +179,34 @@ def uniform_cross_entropy(
 ChunkLoss = Callable[[Tensor, slice], Tensor]  # (float32 logits [n, V], which tokens) -> loss [n]
 
 
+def _one_chunk(
+    hidden: Tensor,
+    matrix: Tensor,
+    weights: Tensor,
+    chunk_loss: ChunkLoss,
+    part: slice,
+    softcap: float | None,
+    hidden_gradient: Tensor | None,
+    matrix_gradient: Tensor | None,
+) -> Tensor:
+    """The losses [n] of one chunk, the tokens `part` of all.
+
+    Its gradients are written to the first, and added to the second, where they are wanted. The logits are gone before
+    the next chunk's are made.
+    """
+    logits = logits_of(hidden, matrix)
+    wanted = hidden_gradient is not None or matrix_gradient is not None
+    with torch.enable_grad():
+        losses = chunk_loss(_capped(logits.requires_grad_(wanted), softcap), part)
+    if wanted:
+        slope = torch.autograd.grad(losses, logits, grad_outputs=weights)[0].to(matrix.dtype)
+        if hidden_gradient is not None:
+            hidden_gradient.copy_(slope @ matrix)
+        if matrix_gradient is not None:
+            matrix_gradient.add_(slope.T @ hidden.to(matrix.dtype))
+    return losses.detach()
+
+
 class _Chunked(torch.autograd.Function):
     """Any per-token loss of the logits, chunk by chunk, differentiable in the hidden states and the unembedding."""
 
@@ -141,24 +221,15 @@ class _Chunked(torch.autograd.Function):
         softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
         loss = hidden.new_zeros(hidden.shape[0], dtype=torch.float32)
-        wanted = (hidden.requires_grad, unembedding.requires_grad)
-        hidden_gradient = torch.empty_like(hidden) if wanted[0] else None
-        matrix_gradient = torch.zeros_like(unembedding, dtype=torch.float32) if wanted[1] else None
-        matrix = unembedding.detach().requires_grad_(wanted[1])
+        hidden_gradient = torch.empty_like(hidden) if hidden.requires_grad else None
+        matrix_gradient = torch.zeros_like(unembedding, dtype=torch.float32) if unembedding.requires_grad else None
+        matrix = computed(unembedding)
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
-            with torch.enable_grad():
-                piece = hidden[part].detach().requires_grad_(wanted[0])
-                losses = chunk_loss(logits_of(piece, matrix, softcap), part)
-            loss[part] = losses.detach()
-            leaves = [leaf for leaf in (piece, matrix) if leaf.requires_grad]
-            if not leaves:
-                continue
-            gradients = list(torch.autograd.grad(losses, leaves, grad_outputs=weights[part]))
-            if hidden_gradient is not None:
-                hidden_gradient[part] = gradients.pop(0)
-            if matrix_gradient is not None:
-                matrix_gradient += gradients.pop(0)
+            gradient = None if hidden_gradient is None else hidden_gradient[part]
+            loss[part] = _one_chunk(
+                hidden[part], matrix, weights[part], chunk_loss, part, softcap, gradient, matrix_gradient
+            )
         ctx.save_for_backward(hidden_gradient, matrix_gradient)
         ctx.matrix_dtype = unembedding.dtype
         ctx.mark_non_differentiable(loss)
@@ -230,9 +301,10 @@ def kl_divergence(
         the weighted sum [] (differentiable) and the divergence of each token [N] in nats, both float32.
     """
 
+    reference_matrix = computed(reference_unembedding)
+
     def chunk_loss(logits: Tensor, part: slice) -> Tensor:
-        reference = torch.log_softmax(logits_of(reference_hidden[part], reference_unembedding, softcap), dim=-1)
-        reference = reference.detach()
+        reference = torch.log_softmax(logits_of(reference_hidden[part], reference_matrix, softcap), dim=-1)
         difference = reference - torch.log_softmax(logits, dim=-1)
         return (reference.exp() * difference).sum(dim=-1)
 

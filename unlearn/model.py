@@ -5,17 +5,15 @@ enters block l; `h[L]` is the one that leaves the last block, before the final n
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -23,46 +21,12 @@ from transformers import (
 )
 
 from unlearn.distributed import fail_together, is_main
-from unlearn.errors import UserError
-from unlearn.files import hub_error, local_folder, writing
+from unlearn.files import local_folder, writing
+from unlearn.model_config import LAYOUTS as LAYOUTS
+from unlearn.model_config import UNBUILDABLE, layout, load_config, plain_exceptions, unbuildable
+from unlearn.model_config import load_tokenizer as load_tokenizer
 from unlearn.seeding import derive
-from unlearn.weights import Checkpoint, export_weights, fill, meta_parameters
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Attribute names of one architecture: `model.<base>.<blocks>` and so on."""
-
-    base: str
-    blocks: str
-    norm: str
-    embedding: str
-
-
-_LLAMA = Layout("model", "layers", "norm", "embed_tokens")
-
-LAYOUTS = {
-    "gpt_neox": Layout("gpt_neox", "layers", "final_layer_norm", "embed_in"),
-    "gpt2": Layout("transformer", "h", "ln_f", "wte"),
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "olmo": _LLAMA,
-    "olmo2": _LLAMA,
-    "olmo3": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma": _LLAMA,
-    "gemma2": _LLAMA,
-    "gemma3_text": _LLAMA,
-}
-
-
-def layout(config: PretrainedConfig) -> Layout:
-    """The attribute names of the architecture that `config` describes; `UserError` if it is not in the table."""
-    if config.model_type not in LAYOUTS:
-        known = ", ".join(sorted(LAYOUTS))
-        raise UserError(f"expected a model of type {known}; found {config.model_type!r}: choose another --model")
-    return LAYOUTS[config.model_type]
+from unlearn.weights import Checkpoint, export_weights, fill, meta_parameters, untie_if_stored
 
 
 def _base(model: PreTrainedModel) -> nn.Module:
@@ -179,32 +143,6 @@ def final_hidden(model: PreTrainedModel, input_ids: Tensor, pick: Callable[[Tens
     return final_norm(model)(pick(residual_streams(model, input_ids, [final])[final]))
 
 
-def load_config(path: str, *, revision: str | None = None) -> PretrainedConfig:
-    """Read a model's configuration from a local folder or the hub.
-
-    Raises:
-        UserError: the folder or hub entry is missing, or its architecture is not supported.
-    """
-    source = local_folder(path, "model", "config.json")
-    if revision is not None and Path(source).is_dir():
-        raise UserError(f"--revision has no effect with the local folder {path}: leave it out")
-    try:
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise hub_error(path, "model", error) from error
-    layout(config)
-    return config
-
-
-def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Read a model's tokenizer from a local folder or the hub; `UserError` if there is none."""
-    source = local_folder(path, "model", "config.json")
-    try:
-        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise hub_error(path, "tokenizer", error) from error
-
-
 def load_model(
     path: str,
     *,
@@ -221,22 +159,50 @@ def load_model(
     Raises:
         UserError: the model is missing, unsupported, truncated, lacks tensors, or has NaN or infinite weights.
     """
+    load_config(path, revision=revision)
+    checkpoint = Checkpoint.open(path, revision=revision)  # before the model, which is built after its files too
     model = empty_model(path, revision=revision, dtype=dtype)
-    fill(model, Checkpoint.open(path, revision=revision), torch.device(device))
+    fill(model, checkpoint, torch.device(device))
     return model
 
 
 def empty_model(path: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The same model in eval mode, before its parameters have any memory (meta device); see `weights.fill`."""
-    config = load_config(path, revision=revision)
-    with meta_parameters():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.tie_weights()
+    """The same model in eval mode, before its parameters have any memory (meta device); see `weights.fill`.
+
+    Embedding and unembedding are tied if config.json says so, unless the weights are at hand and hold two matrices.
+    """
+    model = _build(load_config(path, revision=revision), path, dtype)
+    if model.config.tie_word_embeddings:
+        checkpoint = Checkpoint.at_hand(path, revision=revision)
+        if checkpoint is not None and untie_if_stored(model, checkpoint):
+            _say_untied(path)
+            model = _build(model.config, path, dtype)
     try:
         model.generation_config = GenerationConfig.from_pretrained(local_folder(path, "model", "config.json"))
     except (OSError, ValueError):  # without the file, generation follows the model's own configuration
         pass
     return model.eval()
+
+
+def _build(config: PretrainedConfig, path: str, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        with meta_parameters():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, *UNBUILDABLE) as error:
+        raise unbuildable(path, error) from error
+    model.tie_weights()
+    return model
+
+
+@functools.cache
+def _say_untied(path: str) -> None:
+    """Once a process, on rank 0."""
+    if is_main():
+        print(
+            f"warning: {path} ties its embeddings in config.json, and its files hold two different matrices: both are "
+            "used, as transformers does, and what is exported says so",
+            flush=True,
+        )
 
 
 def fresh_weights(path: str, seed: int, *, revision: str | None = None) -> Callable[[str], Tensor]:
@@ -297,5 +263,6 @@ def save_model(
                 model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
                 model.config.save_pretrained(folder)
                 model.generation_config.save_pretrained(folder)
-                tokenizer.save_pretrained(folder)
+                with plain_exceptions(f"expected to write the tokenizer into {folder}", "free some space"):
+                    tokenizer.save_pretrained(folder)
     export_weights(model, folder, dtype)

@@ -58,6 +58,7 @@ def train(
         NotFinite: a loss or gradient is not finite on some rank; no weight of that step has then been changed.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len({isinstance(parameter, DTensor) for parameter in parameters}) == 1, "some weights are still gathered"
     with checkpoints.during_steps() if checkpoints is not None else nullcontext():
         for step in range(first, steps):
             if evaluate is not None and eval_every is not None and step % eval_every == 0:

@@ -28,10 +28,11 @@ from unlearn.model import (
     load_tokenizer,
     save_model,
 )
+from unlearn.model_config import check_windows
 from unlearn.optim.build import assignment, build_optimizers
 from unlearn.precision import DTYPES
 from unlearn.preflight import tensors_hash
-from unlearn.sharding import is_sharded, shard_mesh
+from unlearn.sharding import is_sharded, reshard, shard_mesh
 from unlearn.weights import Checkpoint, fill, shared_folder
 
 
@@ -69,10 +70,12 @@ def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
     Raises:
         UserError: anything is missing, damaged or does not fit the rest; or the run cannot fit into memory.
     """
-    config.check_depth(int(load_config(config.model, revision=config.revision).num_hidden_layers))
+    model_config = load_config(config.model, revision=config.revision)
+    config.check_depth(int(model_config.num_hidden_layers))
     _check_memory(config, device)
     tokenizer = load_tokenizer(config.model, revision=config.revision)
     batches = _batches(config, tokenizer)
+    check_windows(model_config, {one.corpus.name: one.corpus.windows for one in batches.values()})
     lens = _lens(config, device, config.layers if "forget" in batches else ())
     with fail_together():
         checkpoint = Checkpoint.open(config.model, revision=config.revision)
@@ -96,7 +99,8 @@ def build(config: TrainConfig, device: torch.device, inputs: Inputs | None = Non
     with fail_together():
         fill(model, inputs.checkpoint, device, initial=initial_adapters(model))
         if original is not None:
-            fill(original, inputs.checkpoint, torch.device("cpu") if config.offload_reference else device)
+            weights = torch.device("cpu") if config.offload_reference else device
+            fill(original, inputs.checkpoint, weights, buffers=device)  # FSDP2 brings the offloaded weights alone
     parts = method_parts(config, model, original, inputs.lens, inputs.batches)
     optimizers = build_optimizers(
         model,
@@ -151,9 +155,9 @@ def _lens(config: TrainConfig, device: torch.device, layers: Iterable[int] | Non
 
     Only these two parts of the model are read, in the dtype in which the lens is checked against them.
     """
-    readout = empty_model(config.model, revision=config.revision, dtype=master_dtype(config))
     with fail_together():
         checkpoint = Checkpoint.open(config.model, revision=config.revision)
+        readout = empty_model(config.model, revision=config.revision, dtype=master_dtype(config))
         for part in (final_norm(readout), readout.get_output_embeddings()):
             fill(readout, checkpoint, device, part=part)
     return TunedLens.load(config.lens or "", readout, layers).to(DTYPES[config.dtype])
@@ -211,6 +215,7 @@ def read_lens(run: Unlearning, folder: Path, stage: Stage) -> None:
     lens = _lens(config, local_device(), None)
     run.model.eval()
     prompts = read_prompts(run.model, lens, run.tokenizer, config.prompts, stage, run.loss.precision)
+    reshard(run.model)  # the passes ended early: the root's tied embedding would stay gathered, and no longer sharded
     run.model.train(training)
     with fail_together():
         if is_main():

@@ -5,131 +5,25 @@ rows of every matrix from the files, one tensor at a time. Export goes the other
 to the rank that writes the file it belongs to. The whole model is never in one host's memory on its way.
 """
 
-import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from unlearn.distributed import barrier, fail_together, is_main, main_first, rank, world_size
+from unlearn.distributed import barrier, fail_together, is_main, rank, world_size
 from unlearn.errors import UserError
-from unlearn.files import atomic_folder, hub_error, local_folder, temporary_name, write_json, writing
+from unlearn.files import atomic_folder, temporary_name, write_json, writing
+from unlearn.model_files import INDEX, SINGLE, Checkpoint, disk_key
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 FILE_BYTES = 2 << 30  # of one file of an export: what one rank has in host memory while it writes
-
-READ_BYTES = 16 << 20  # what is read of a tensor at once
-
-# In memory -> on disk, where Hugging Face's own checkpoints differ.
-RENAMED = {"gpt_neox": {"lm_head.": "embed_out."}}
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """The tensors of a model's folder.
-
-    Attributes:
-        path: what the user gave. folder: where the files are.
-        files: the file of each tensor on disk.
-    """
-
-    path: str
-    folder: Path
-    files: dict[str, str]
-
-    @classmethod
-    def open(cls, path: str, *, revision: str | None = None) -> "Checkpoint":
-        """Find the safetensors files of a local folder or hub name and which tensor is in which.
-
-        Raises:
-            UserError: there is none, one is damaged, or the index names a file that is missing.
-        """
-        folder = _folder(path, revision)
-        index = folder / INDEX
-        try:
-            if index.is_file():
-                files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            else:
-                files = {key: file.name for file in sorted(folder.glob("*.safetensors")) for key in _keys(file)}
-        except (OSError, json.JSONDecodeError, KeyError, SafetensorError) as error:
-            raise hub_error(path, "model", error) from error
-        if not files:
-            raise UserError(
-                f"expected *.safetensors in the model folder {path}; found none: convert its weights to safetensors"
-            )
-        missing = sorted(name for name in set(files.values()) if not (folder / name).is_file())
-        if missing:
-            raise UserError(
-                f"expected the file {missing[0]} in {path}, as its index says; found {len(missing)} file(s) missing: "
-                "fetch the model again"
-            )
-        return cls(path, folder, files)
-
-    def paths(self) -> list[Path]:
-        """The files that the tensors are in."""
-        return sorted({self.folder / name for name in self.files.values()})
-
-    def key(self, name: str, config: PretrainedConfig) -> str | None:
-        """The name on disk of the tensor called `name` in memory, None if it is not there."""
-        renamed = name
-        for ours, theirs in RENAMED.get(config.model_type, {}).items():
-            if name.startswith(ours):
-                renamed = theirs + name.removeprefix(ours)
-        bare = name.partition(".")[2]  # some checkpoints were saved from the base model alone
-        return next((candidate for candidate in (renamed, name, bare) if candidate in self.files), None)
-
-    def read_into(self, tensor: Tensor, key: str, first: int, shape: torch.Size) -> None:
-        """Copy rows `first`, `first` + 1, ... of the tensor `key`, whose whole shape must be `shape`, into `tensor`.
-
-        The file is opened anew for every few rows: what it maps into memory is then given back at once.
-        """
-        rows = tensor.shape[0] if tensor.ndim > 0 else 1
-        step = max(1, READ_BYTES * rows // max(1, tensor.numel() * 4))
-        try:
-            for start in range(0, max(1, rows), step):
-                with safe_open(self.folder / self.files[key], framework="pt") as tensors:
-                    stored = tensors.get_slice(key)
-                    self._check_shape(key, tuple(stored.get_shape()), tuple(shape))
-                    if tensor.ndim == 0:
-                        tensor.copy_(stored[:])
-                    elif rows > 0:
-                        part = tensor[start : start + step]
-                        part.copy_(stored[first + start : first + start + part.shape[0]])
-        except (OSError, SafetensorError) as error:
-            raise hub_error(self.path, "model", error) from error
-
-    def _check_shape(self, key: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
-        if found != expected:
-            raise UserError(
-                f"expected {key} of shape {expected} in {self.path}; found {found}: "
-                "the files are not of this model, fetch them again"
-            )
-
-
-def _folder(path: str, revision: str | None) -> Path:
-    source = local_folder(path, "model", "config.json")
-    if Path(source).is_dir():
-        return Path(source)
-    try:
-        with main_first():
-            return Path(snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, HFValidationError, OSError) as error:
-        raise hub_error(path, "model", error) from error
-
-
-def _keys(file: Path) -> list[str]:
-    with safe_open(file, framework="pt") as tensors:
-        return list(tensors.keys())
+# What older checkpoints hold beside the parameters, which this version of the model makes itself.
+HARMLESS = (r"\.inv_freq$", r"\.masked_bias$", r"(^|\.)position_ids$")
 
 
 @contextmanager
@@ -161,41 +55,44 @@ def fill(
     device: torch.device,
     *,
     part: nn.Module | None = None,
+    buffers: torch.device | None = None,
     initial: Initial = lambda name: None,
 ) -> None:
     """Give `model` memory on `device` and its weights from `checkpoint`; a sharded one reads each rank's rows alone.
 
     Args:
         part: fill only the parameters of this submodule; the others stay without memory.
+        buffers: where the buffers go, if not to `device`.
         initial: values of parameters that the checkpoint lacks (adapters), asked for those alone.
 
     Raises:
-        UserError: a tensor is missing, of another shape, damaged, or holds NaN or infinity.
+        UserError: a tensor is missing, of another shape, no float, damaged, or holds NaN or infinity; or there are
+            tensors that the model has no place for.
     """
+    keys = _keys(model, checkpoint)
+    if part is None:
+        _refuse_surplus(model, checkpoint, set(keys.values()))
     target = model if part is None else part
-    materialise(target, device)
+    materialise(target, device, buffers)
     if part is None:
         model.tie_weights()
     wanted = {id(parameter) for parameter in target.parameters()}
-    tied, missing = _tied_to(model), []
+    missing = []
     for name, parameter in model.named_parameters():
         if id(parameter) not in wanted:
             continue
         local, first = local_rows(parameter)
-        plain = name.replace(".base.", ".")  # without the layer that an adapter puts around a linear one
-        key, value = checkpoint.key(plain, model.config), initial(name)
-        if key is None and plain in tied:
-            key = checkpoint.key(tied[plain], model.config)
+        value = initial(name)
         if value is not None:
             local.copy_(value[first : first + local.shape[0]])
-        elif key is not None:
-            checkpoint.read_into(local, key, first, parameter.shape)
+        elif name in keys:
+            checkpoint.read_into(local, keys[name], first, parameter.shape)
         else:
-            missing.append(plain)
+            missing.append(_plain(name))
             continue
         if not _finite(local):
             raise UserError(
-                f"expected finite weights in {checkpoint.path}; found NaN or infinity in {plain}: use another "
+                f"expected finite weights in {checkpoint.path}; found NaN or infinity in {_plain(name)}: use another "
                 "checkpoint"
             )
     if missing:
@@ -205,7 +102,40 @@ def fill(
         )
 
 
-def _tied_to(model: PreTrainedModel) -> dict[str, str]:
+def _plain(name: str) -> str:
+    """A parameter's name without the layer that an adapter puts around a linear one."""
+    return name.replace(".base.", ".")
+
+
+def _keys(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+    """{name in memory: name on disk} of every parameter that the checkpoint has; tied ones share what there is."""
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    found = {name: checkpoint.key(_plain(name), model.config) for name in names}
+    for name, twin in _tied(model).items():
+        own, other = found.get(name), found.get(twin)
+        if own is None or other is None:
+            found[name] = found[twin] = own or other
+        elif own != other and not checkpoint.same(own, other):
+            raise UserError(
+                f"expected one matrix for embedding and unembedding in {checkpoint.path}; found two different ones "
+                "that were not there when the model was built: start again"
+            )
+    return {name: key for name, key in found.items() if key is not None}
+
+
+def _refuse_surplus(model: PreTrainedModel, checkpoint: Checkpoint, used: set[str]) -> None:
+    """Raise if the files hold tensors that the model has no place for: it is another one than they were saved from."""
+    used = used | {key for name, _ in model.named_buffers() if (key := checkpoint.key(name, model.config))}
+    harmless = re.compile("|".join((*HARMLESS, *(model._keys_to_ignore_on_load_unexpected or ()))))
+    surplus = sorted(key for key in checkpoint.files if key not in used and harmless.search(key) is None)
+    if surplus:
+        raise UserError(
+            f"expected only tensors of the model that config.json describes in {checkpoint.path}; found {len(surplus)} "
+            f"more ({', '.join(surplus[:3])}): use the config.json of these weights, or save them without these tensors"
+        )
+
+
+def _tied(model: PreTrainedModel) -> dict[str, str]:
     """{the unembedding's name: the embedding's} in a model that ties them: its files have one of the two."""
     if not model.config.tie_word_embeddings:
         return {}
@@ -213,21 +143,34 @@ def _tied_to(model: PreTrainedModel) -> dict[str, str]:
     return {names[id(model.get_output_embeddings())]: names[id(model.get_input_embeddings())]}
 
 
+def untie_if_stored(model: PreTrainedModel, checkpoint: Checkpoint) -> bool:
+    """Clear a configuration's tied flag where the files hold two different matrices, as transformers does; whether so.
+
+    The model must then be built anew.
+    """
+    for names in _tied(model).items():
+        head, embedding = (checkpoint.key(name, model.config) for name in names)
+        if head is not None and embedding is not None and head != embedding and not checkpoint.same(head, embedding):
+            model.config.tie_word_embeddings = False
+            return True
+    return False
+
+
 def _finite(tensor: Tensor) -> bool:
     """Whether no number is NaN or infinite; `torch.isfinite` would need as much memory again."""
     return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
-def materialise(module: nn.Module, device: torch.device) -> None:
-    """Memory on `device` for every parameter of `module`; buffers move there with their values."""
+def materialise(module: nn.Module, device: torch.device, buffers: torch.device | None = None) -> None:
+    """Memory on `device` for every parameter of `module`; buffers move there, or to `buffers`, with their values."""
     sharded = any(isinstance(parameter, DTensor) for parameter in module.parameters())
-    buffers = [(part, name, buffer) for part in module.modules() for name, buffer in part._buffers.items()]
+    kept = [(part, name, buffer) for part in module.modules() for name, buffer in part._buffers.items()]
     if sharded:
         module.to_empty(device=device)  # FSDP2 notices; for its buffers' values see below
     else:
         _replace_parameters(module, device)
-    for part, name, buffer in buffers:
-        part._buffers[name] = None if buffer is None else buffer.to(device)
+    for part, name, buffer in kept:
+        part._buffers[name] = None if buffer is None else buffer.to(buffers or device)
 
 
 def _replace_parameters(module: nn.Module, device: torch.device) -> None:
@@ -279,7 +222,7 @@ def export_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> 
             if mine:
                 file = folder / _file_name(number, len(files))
                 with writing(file):
-                    save_file(tensors, file, metadata={"format": "pt"})
+                    save_tensors(tensors, file)
     if rank() == 0 and len(files) > 1:
         where = {
             disk_key(name, model.config): _file_name(number, len(files))
@@ -288,6 +231,17 @@ def export_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> 
         }
         size = sum(parameter.numel() for parameter in names.values()) * dtype.itemsize
         write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write a safetensors file that whoever may read the other files beside it may read too.
+
+    The library writes to a temporary file of its own, which is for its owner alone whatever the umask says.
+    """
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)
 
 
 def _split_files(names: dict[str, nn.Parameter], dtype: torch.dtype) -> list[list[str]]:
@@ -306,14 +260,6 @@ def _split_files(names: dict[str, nn.Parameter], dtype: torch.dtype) -> list[lis
 
 def _file_name(number: int, count: int) -> str:
     return SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-
-
-def disk_key(name: str, config: PretrainedConfig) -> str:
-    """The name under which Hugging Face's checkpoints store the parameter `name`."""
-    for ours, theirs in RENAMED.get(config.model_type, {}).items():
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
-    return name
 
 
 @contextmanager

@@ -321,3 +321,20 @@ def test_prompts_are_read_the_same_on_any_number_of_ranks(
                 for row, row_again in zip(prompt["before"], again["before"], strict=True):
                     assert row["tokens"] == row_again["tokens"]
                     assert row["entropy"] == pytest.approx(row_again["entropy"], rel=1e-5)
+
+
+def read_and_train(home: Path, folder: Path) -> list[dict[str, Any]]:
+    run, log = prepare(home, "full-muon", shard="full", prompts=("basalt garnet",)), Lines()
+    read_lens(run, folder, "before")
+    train(run.model, run.objective, run.optimizers, steps=1, schedule=linear_schedule(1), log=log)
+    return log.lines
+
+
+def test_prompts_leave_a_sharded_model_with_tied_embeddings_sharded(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Reading --prompts left the root's weights gathered, and the first backward pass failed on mixed tensors."""
+    home = write_home(tmp_path / "home", tokenizer, "gpt2")
+    (tmp_path / "run").mkdir()
+    lines = run_ranks(2, read_and_train, home, tmp_path / "run")
+    assert lines[0][0]["loss"] == lines[1][0]["loss"]
