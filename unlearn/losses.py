@@ -292,6 +292,9 @@ def kl_divergence(
 ) -> tuple[Tensor, Tensor]:
     """KL(p_ref || p) of each token, where p_ref is the softmax of the reference's logits.
 
+    The gradient of the logits is p - p_ref, subtracted as it stands: exactly zero where both models agree, as they do
+    before the first step. By log-softmax it would be p sum(p_ref) - p_ref, which leaves rounding to train on.
+
     Args:
         hidden, unembedding: [N, D] and [V, D] of the trained model; differentiable in both.
         reference_hidden, reference_unembedding: the same of the frozen original.
@@ -304,9 +307,14 @@ def kl_divergence(
     reference_matrix = computed(reference_unembedding)
 
     def chunk_loss(logits: Tensor, part: slice) -> Tensor:
-        reference = torch.log_softmax(logits_of(reference_hidden[part], reference_matrix, softcap), dim=-1)
-        difference = reference - torch.log_softmax(logits, dim=-1)
-        return (reference.exp() * difference).sum(dim=-1)
+        with torch.no_grad():
+            reference = torch.log_softmax(logits_of(reference_hidden[part], reference_matrix, softcap), dim=-1)
+            live = torch.log_softmax(logits, dim=-1)
+            expected = reference.exp()
+            divergence = (expected * reference.sub_(live)).sum(dim=-1)
+            slope = live.exp_().sub_(expected)
+        moved = (slope * logits).sum(dim=-1)
+        return divergence + (moved - moved.detach())
 
     return _chunked(hidden, unembedding, weights, chunk_loss, chunk, softcap)
 
