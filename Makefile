@@ -67,11 +67,13 @@ bench: $(READY)
 	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/muon.py
+	$(BIN)/python benchmarks/polar.py
 
 # What one GPU of 140 GB can show: the true 6.9 B shape with random weights.
 bench-gpu: $(READY)
 	$(BIN)/python benchmarks/step.py --true-shape
 	$(BIN)/python benchmarks/muon.py --gpu
+	$(BIN)/python benchmarks/polar.py --gpu
 
 # Trains the tiny model anew, into runs/world; the package carries its weights.
 world: $(READY)

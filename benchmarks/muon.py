@@ -33,8 +33,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unlearn.optim.layout import balance
-from unlearn.optim.muon import Muon
-from unlearn.optim.newton_schulz import Method, flops, orthogonalize
+from unlearn.optim.muon import Muon, default_floor
+from unlearn.optim.newton_schulz import Method, orthogonalize
+from unlearn.optim.polar import flops, polar_factor
 
 SETTINGS = {"lr": 1e-3, "momentum": 0.95, "nesterov": True, "weight_decay": 0.01}
 METHODS: tuple[Method, ...] = ("quintic", "polar-express", "gram")
@@ -75,9 +76,9 @@ def torch_muon(found: dict[str, nn.Parameter]) -> Step:
     return torch.optim.Muon(list(found.values()), **settings).step
 
 
-def ours(found: dict[str, nn.Parameter], method: Method) -> Step:
+def ours(found: dict[str, nn.Parameter], method: Method, floor: float | None = None) -> Step:
     settings: dict[str, Any] = SETTINGS
-    return Muon(found.items(), method=method, **settings).step
+    return Muon(found.items(), method=method, floor=floor, **settings).step
 
 
 def redundant(found: dict[str, nn.Parameter]) -> Step:
@@ -111,6 +112,7 @@ def ways(shapes: Shapes, sharded: bool) -> dict[str, Step]:
     """A step of every way to share the work."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if sharded else None
     found = {f"ours, {method}": ours(parameters(shapes, mesh), method) for method in METHODS}
+    found["ours, gram, no floor"] = ours(parameters(shapes, mesh), "gram", 0.0)
     if mesh is None:
         return found
     found["torch.optim.Muon on DTensors"] = torch_muon(parameters(shapes, mesh))
@@ -275,21 +277,22 @@ def show_balance() -> None:
     """How even the work of the 6.9 B model's 128 matrices is on different numbers of ranks."""
     print("\nbalance of the 6.9 B model's matrices: mean work of a rank over the busiest's")
     for method in METHODS[::2]:
-        costs: dict[str, float] = {name: flops(*shape, method) for name, shape in neox(4096, 32).items()}
+        floor, shapes = default_floor(method), neox(4096, 32)
+        costs: dict[str, float] = {name: flops(*shape, method, floor=floor) for name, shape in shapes.items()}
         print(f"{method:10}" + "".join(f"  W={ranks}: {balance(costs, ranks):.2f}" for ranks in (4, 8, 16, 24, 32, 64)))
 
 
 def on_gpu(repeats: int) -> None:
-    """Newton-Schulz of the 6.9 B model's four shapes: time, and share of the rate of a large bf16 product."""
+    """The orthogonal factor of the 6.9 B model's four shapes: time, and share of the rate of a large bf16 product."""
     rate = _product_rate(repeats)
     print(f"bf16 product of 8192: {rate / 1e12:.0f} TFLOP/s ({torch.cuda.get_device_name()})")
     for name, (rows, columns) in neox(4096, 1).items():
         matrix = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16)
         for method in METHODS:
-            for symmetric in (False, True):
-                seconds = _gpu_seconds(lambda: orthogonalize(matrix, method, symmetric=symmetric), repeats)  # noqa: B023
-                share = flops(rows, columns, method) / seconds / rate
-                form = f"{method}, symmetric" if symmetric else method
+            for floor in sorted({0.0, default_floor(method)}):
+                seconds = _gpu_seconds(lambda: polar_factor(matrix, method, floor=floor), repeats)  # noqa: B023
+                share = flops(rows, columns, method, floor=floor) / seconds / rate
+                form = f"{method}, floor {floor}"
                 print(f"{name:8}[{rows:5}, {columns:5}] {form:26}{1e3 * seconds:8.2f} ms  {share:6.1%} of the rate")
 
 
