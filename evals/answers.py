@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evals.stats import permuted_matches, permuted_scores
+from unlearn.seeding import derive
 
 ACCURACIES = ("acc", "acc_norm", "acc_bytes", "exact_match")  # lm-eval's metrics that are 0 or 1 for each question
 SMALL = 20  # questions of a task, below which they tell nothing about letters
@@ -88,13 +89,17 @@ class Answers:
         return np.asarray(self.right, dtype=float).reshape(-1, self.orders).mean(axis=1).tolist()
 
     def shuffled_matches(self) -> NDArray[np.int64]:
-        """How many answers would be right with the right answers shuffled among the questions: int64 [draws]."""
+        """How many answers would be right with the right answers shuffled among the questions: int64 [draws].
+
+        The seed is made of the questions: with one seed for all subjects the sum over a group would vary too much.
+        """
+        seed = derive("shuffled answers", *self.ids)
         if self.orders == 1:
-            return permuted_matches(self.answers, self.targets)
+            return permuted_matches(self.answers, self.targets, seed=seed)
         places, orders = np.asarray(self.answers).reshape(-1, self.orders), np.arange(self.orders)
         choices = (places + orders) % len(self.letters)  # [questions, orders], as places of the first order
         table = (choices[:, :, None] == np.arange(len(self.letters))).sum(axis=1)
-        return permuted_scores(table, self.targets[:: self.orders])
+        return permuted_scores(table, self.targets[:: self.orders], seed=seed)
 
     def record(self) -> dict[str, Any]:
         """What a results file keeps, for pairing with another model's answers."""

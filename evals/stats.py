@@ -1,7 +1,8 @@
 """Statistics of accuracies: intervals, paired tests, and how much the answers have to do with the questions.
 
 A *stratum* is one subject (one lm-eval task): what is drawn at random is drawn within it, because subjects differ.
-Random draws are seeded: the same answers give the same numbers. Nothing here needs scipy.
+Random draws are seeded: the same answers give the same numbers. Shuffles of strata that are added up need seeds of
+their own, or they are correlated and their sum varies too much. Nothing here needs scipy.
 """
 
 import math

@@ -4,6 +4,7 @@ import math
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 from evals_samples import ABCD, answering, gather, sample, summary_of
 
@@ -178,3 +179,51 @@ def test_subset_keeps_questions_together() -> None:
     found = gather(orders(0.0, 1.0, [0, 1, 2]), Letters(ABCD.names, orders=4))
     half = found.subset(range(4, 12))
     assert half.cyclic == [1, 1] and len(half.ids) == 8 and half.shares_right() == [1.0, 1.0]
+
+
+def shuffle_moments(tables: list[np.ndarray], targets: list[np.ndarray]) -> tuple[float, float]:
+    """Exact mean and standard deviation of the right answers summed over strata, each shuffled by itself.
+
+    Hoeffding 1951, https://doi.org/10.1214/aoms/1177729545: of sum_i a[i, perm(i)] they are the mean of a times n, and
+    the squares of a without its row and column means, summed and divided by n - 1.
+
+    Args:
+        tables: of each stratum, [questions, letters]: how often a question was answered with a letter.
+        targets: of each stratum, [questions].
+    """
+    mean = variance = 0.0
+    for table, right in zip(tables, targets, strict=True):
+        scores = table[:, right]
+        centred = scores - scores.mean(axis=0) - scores.mean(axis=1, keepdims=True) + scores.mean()
+        mean += scores.mean() * len(right)
+        variance += (centred**2).sum() / (len(right) - 1)
+    return mean, math.sqrt(variance)
+
+
+@pytest.mark.parametrize("orders", [1, 4])
+def test_shuffles_of_a_group_vary_as_the_closed_form_says(orders: int) -> None:
+    """Every subject was shuffled with the same random bits: the sum over 57 subjects varied 1.2 times too much, and
+    groups whose answers depend on the questions were called chance."""
+    rng = np.random.default_rng(0)
+    parts, tables, targets = [], [], []
+    for subject in range(57):
+        right = rng.integers(0, 4, 100)
+        answers = rng.choice(4, size=(100, orders), p=[0.1, 0.2, 0.5, 0.2])
+        rows = [
+            sample(
+                [float(place == answers[number, shift]) for place in range(4)],
+                int(right[number] - shift) % 4,
+                f"{subject} {number}",
+            )
+            for number in range(100)
+            for shift in range(orders)
+        ]
+        parts.append(gather(rows, Letters(ABCD.names, orders)))
+        chosen = (answers + np.arange(orders)) % 4  # as places of the first order
+        tables.append((chosen[:, :, None] == np.arange(4)).sum(axis=1).astype(float))
+        targets.append(right)
+    shuffles = sum(part.shuffled_matches() for part in parts)
+    mean, deviation = shuffle_moments(tables, targets)
+    draws = len(shuffles)
+    assert abs(shuffles.mean() - mean) < 4 * deviation / math.sqrt(draws)
+    assert shuffles.std() == pytest.approx(deviation, rel=4 / math.sqrt(2 * draws))
