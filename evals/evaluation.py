@@ -14,6 +14,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.utils import hash_string, sanitize_model_name
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from evals.answer_tokens import check_answer_tokens
 from evals.answers import Answers, collect, debias_small, prompt_id
 from evals.lm import LiveModel, context_length
 from evals.output import write_result
@@ -95,7 +96,7 @@ class Evaluation:
 
         Raises:
             UserError: an unknown task, missing data, no questions, a number that is not positive, questions too long
-                for the model, a tokenizer that takes more than one token for an answer's letter.
+                for the model, a tokenizer that takes several tokens for a letter, or the same ones for two answers.
         """
         for name, value in (("limit", limit), ("subsample", subsample)):
             if value is not None and value <= 0:
@@ -194,21 +195,15 @@ class Evaluation:
             self._planner.plan_rolling([text for (text,) in asked["loglikelihood_rolling"]], max_length)
         if "loglikelihood" in asked:
             plan = self._planner.plan(asked["loglikelihood"], max_length)
-            self._check_letters(dict(zip(asked["loglikelihood"], plan.lengths, strict=True)))
+            self._check_answers(dict(zip(asked["loglikelihood"], plan.continuations, strict=True)))
         self._planned = max_length
 
-    def _check_letters(self, tokens: Mapping[tuple[str, str], int]) -> None:
-        """Raise unless every letter is a single token after its question, as all published numbers take it to be."""
+    def _check_answers(self, scored: Mapping[tuple[str, str], list[int]]) -> None:
+        """Raise unless the answers to each question with choices can be told apart by their tokens."""
         for name, task in self.tasks.items():
-            if task.letters is None:
-                continue
-            for instance in task.instances:
-                if tokens[instance.args] != 1:
-                    raise UserError(
-                        f"expected each answer letter of task {name} to be one token of the tokenizer; found "
-                        f"{tokens[instance.args]} for {instance.args[1]!r}: the letters' probabilities would mean "
-                        "something else, choose a model with another tokenizer or a task with full answers"
-                    )
+            if task.OUTPUT_TYPE == "multiple_choice":
+                asked = [[request.args for request in requests] for requests in task.by_question()]
+                check_answer_tokens(name, asked, scored, self.tokenizer, letters=task.letters is not None)
 
     def _answers(
         self, samples: dict[str, list[dict[str, Any]]], tokens: Mapping[tuple[str, str], int]

@@ -169,14 +169,14 @@ class QuestionTask(ConfigurableTask):
                     hash_string(requests[0].arguments[0]),
                     hash_string(str(self.doc_to_target(document))),
                 )
-                for document, requests in zip(self.eval_docs, self._by_question(), strict=True)
+                for document, requests in zip(self.eval_docs, self.by_question(), strict=True)
             ]
         return self._hashes
 
     def samples(self) -> list[dict[str, Any]]:
         """The questions as lm-eval's evaluator logs them, after it has run: one entry a filter and question."""
         found = []
-        documents, requests, hashes = list(self.eval_docs), self._by_question(), self.hashes()
+        documents, requests, hashes = list(self.eval_docs), self.by_question(), self.hashes()
         for place, name in enumerate(self.instances[0].filtered_resps):
             for number, document in enumerate(documents):
                 metrics = self._metrics[place * len(documents) + number]
@@ -196,7 +196,8 @@ class QuestionTask(ConfigurableTask):
                 )
         return found
 
-    def _by_question(self) -> list[list[Instance]]:
+    def by_question(self) -> list[list[Instance]]:
+        """The requests of each question, in the order of its choices."""
         groups: dict[int, list[Instance]] = {}
         for instance in self.instances:
             groups.setdefault(instance.doc_id, []).append(instance)
