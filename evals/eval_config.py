@@ -42,6 +42,10 @@ class EvalConfig:
     """Cut the beginnings off questions that are longer than the model's context, as lm-eval does; without it they are
     an error."""
 
+    metric: str | None = None
+    """The metric of lm-eval that is shown, judged and compared, for tasks that have it, e.g. acc_norm. Without it, and
+    for the other tasks, the first accuracy of the task's own list."""
+
     target: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A bound to judge, e.g. --target 'wmdp_bio_robust<=0.25' --target 'mmlu_stem>=0.34', in quotation marks."""
 

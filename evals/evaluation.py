@@ -77,6 +77,7 @@ class Evaluation:
         subsample: int | None = None,
         permute: bool = False,
         truncate: bool = False,
+        metric: str | None = None,
         batch_tokens: int = 16384,
         model_config: PretrainedConfig | None = None,
     ):
@@ -90,6 +91,7 @@ class Evaluation:
             subsample: only so many questions of each of `tasks`, shared out among its subjects and always the same.
             permute: ask questions with letters in every cyclic order of their choices.
             truncate: cut questions that are longer than the model's context from the left, instead of raising.
+            metric: which of lm-eval's metrics to report for tasks that have it; the others keep the first of their own.
             batch_tokens: tokens of one forward pass of one rank, padding included.
             model_config: of the model to be measured; with it questions that are too long raise here, and not only
                 when the model is measured.
@@ -115,6 +117,7 @@ class Evaluation:
                     subsample=subsample,
                     permute=permute,
                 )
+                self._metrics = _choose_metrics(self.tasks, metric)
                 for task in self.tasks.values():
                     task.build_all_requests()
         self.names = [*self.tasks, *self._loaded["groups"]]
@@ -129,11 +132,12 @@ class Evaluation:
         """The tasks with questions, by name."""
         return self._loaded["tasks"]
 
-    def asked(self) -> dict[str, dict[str, list[str]]]:
-        """What will be asked, by task: `ids` and `prompts` as `Answers` has them."""
+    def asked(self) -> dict[str, dict[str, Any]]:
+        """What will be asked, by task: `metric`, `ids` and `prompts` as `Answers` has them."""
         hashes = {name: task.hashes() for name, task in self.tasks.items()}
         return {
             name: {
+                "metric": self._metrics[name],
                 "ids": [one.doc_hash[:16] for one in found],
                 "prompts": [prompt_id(one.prompt_hash, one.target_hash) for one in found],
             }
@@ -142,7 +146,8 @@ class Evaluation:
 
     def sha256(self) -> str:
         """Of every question, as it is asked."""
-        return hash_string(json.dumps(self.asked()))
+        asked = {name: {kind: found[kind] for kind in ("ids", "prompts")} for name, found in self.asked().items()}
+        return hash_string(json.dumps(asked))
 
     def run(self, model: PreTrainedModel, *, name: str | None = None, revision: str | None = None) -> dict[str, Any]:
         """Measure `model` as it is: in training or not, plain or sharded.
@@ -159,6 +164,14 @@ class Evaluation:
         Raises:
             UserError: a log-likelihood is NaN, or the ranks were given different questions.
         """
+        result = self.measure(model, name=name, revision=revision)
+        self.summarise(result)
+        return result
+
+    def measure(
+        self, model: PreTrainedModel, *, name: str | None = None, revision: str | None = None
+    ) -> dict[str, Any]:
+        """What `run` returns, but for the summary: worth keeping even if that should fail."""
         started = time.time()
         lm = LiveModel(model, self.tokenizer, planner=self._planner)
         self._plan(lm.max_length)
@@ -173,9 +186,13 @@ class Evaluation:
             counts["original"] = self.tasks[task].available
         result["task_hashes"] = {task: _hash_of_task(samples) for task, samples in result["samples"].items()}
         result["answers"] = self._answers(result["samples"], lm.tokens)
-        result["unlearn"] = self._own(lm, result["answers"], seconds) | {"summary": summarise(result)}
-        _cluster_errors(result)
+        result["unlearn"] = self._own(lm, result["answers"], seconds)
         return result
+
+    def summarise(self, result: dict[str, Any]) -> None:
+        """Add the summary to what `measure` returned, and the standard errors that follow from it."""
+        result["unlearn"]["summary"] = summarise(result)
+        _cluster_errors(result)
 
     def write(
         self, result: dict[str, Any], out: str | Path, *, overwrite: bool = False, samples: bool = False
@@ -210,7 +227,10 @@ class Evaluation:
     ) -> dict[str, Answers]:
         found = {}
         for name, task in self.tasks.items():
-            answers = collect(samples[name], task.letters, tokens, task.config.target_delimiter)
+            metric = self._metrics[name]
+            if metric is None:
+                continue
+            answers = collect(samples[name], metric, letters=task.letters, keys=task.keys, tokens=tokens)
             if answers is not None:
                 found[name] = answers
         return debias_small(found)
@@ -265,6 +285,17 @@ class Evaluation:
             "seconds": seconds,
             "questions": {task: found.record() for task, found in answers.items()},
         }
+
+
+def _choose_metrics(tasks: Mapping[str, QuestionTask], wanted: str | None) -> dict[str, str | None]:
+    """The metric of each task, None where it has no accuracy; `UserError` if no task has the one that is wanted."""
+    if wanted is not None and not any(wanted in task.metrics for task in tasks.values()):
+        known = list(dict.fromkeys(name for task in tasks.values() for name in task.metrics))
+        raise UserError(
+            f"expected --metric as one that a task has and that is a mean over its questions; found {wanted!r}: "
+            f"they have {', '.join(known) or 'none'}"
+        )
+    return {name: task.metric(wanted) for name, task in tasks.items()}
 
 
 def _cluster_errors(result: dict[str, Any]) -> None:

@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 
 import datasets
 from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import mean
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.utils import handle_non_serializable, hash_string
 
-from evals.answers import Letters
+from evals.answers import ACCURACIES, Key, Letters
 from evals.local_data import LocalData
+from evals.task_errors import PlainText, explained
 from unlearn.errors import UserError
 from unlearn.seeding import derive
 
@@ -36,6 +38,7 @@ class QuestionTask(ConfigurableTask):
         provenance: what was read: SHA-256 by file, or the fingerprint of what came from the hub by split.
         available: how many questions the data hold.
         orders: in how many cyclic orders of its choices each question is asked.
+        keys: what marks each question with choices, once requests were built.
     """
 
     local: LocalData | None = None
@@ -47,8 +50,10 @@ class QuestionTask(ConfigurableTask):
         self._built: list[Instance] | None = None
         self._hashes: list[Hashes] | None = None
         self._metrics: list[dict[str, Any]] = []
+        self.keys: list[Key] = []
         self.available, self.orders = 0, 1
-        super().__init__(config={key: value for key, value in config.items() if key != "class"})
+        with explained(f"task {config['task']} to be built from its YAML and its data"):
+            super().__init__(config={key: value for key, value in config.items() if key != "class"})
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Fill `self.dataset` with the splits that the task names.
@@ -93,6 +98,17 @@ class QuestionTask(ConfigurableTask):
         if not all(isinstance(name, str) and len(name) == 1 for name in names):
             return None
         return Letters(tuple(names), self.orders)
+
+    @property
+    def metrics(self) -> list[str]:
+        """Those of lm-eval's metrics whose mean over the questions it reports."""
+        return [name for name, aggregate in self.aggregation().items() if aggregate is mean]
+
+    def metric(self, wanted: str | None) -> str | None:
+        """Which metric to report: `wanted` if the task has it, else the first accuracy of its own list."""
+        if wanted in self.metrics:
+            return wanted
+        return next((name for name in self.metrics if name in ACCURACIES), None)
 
     @property
     def eval_docs(self) -> Any:
@@ -204,26 +220,58 @@ class QuestionTask(ConfigurableTask):
         return [sorted(groups[number], key=lambda instance: instance.idx) for number in range(len(groups))]
 
     def _build(self) -> Iterator[Instance]:
+        self.keys, text = [], PlainText(self.config)
         for number, document in self.doc_iterator():
-            context = self.fewshot_context(document, self.config.num_fewshot, gen_prefix=self.doc_to_prefix(document))
-            metadata = (self.config.task, number, self.config.repeats)
-            self._check_target(document, number)
-            requests = self.construct_requests(doc=document, ctx=context, metadata=metadata)
-            yield from requests if isinstance(requests, list) else [requests]
+            with explained(f"question {number} of task {self.config.task} to fill the task's templates", document):
+                text.check(document)
+                context = self.fewshot_context(
+                    document, self.config.num_fewshot, gen_prefix=self.doc_to_prefix(document)
+                )
+                if self.OUTPUT_TYPE == "multiple_choice":
+                    self.keys.append(self._key(document, number))
+                metadata = (self.config.task, number, self.config.repeats)
+                requests = self.construct_requests(doc=document, ctx=context, metadata=metadata)
+                listed = requests if isinstance(requests, list) else [requests]
+                if number == 0 and self.OUTPUT_TYPE in ("multiple_choice", "loglikelihood"):
+                    self._rehearse(document, len(listed))
+            yield from listed
 
-    def _check_target(self, document: Document, number: int) -> None:
-        """Raise where lm-eval would warn and count every answer as wrong."""
-        if self.OUTPUT_TYPE != "multiple_choice" or self.multiple_input:
-            return
-        target, choices = self.doc_to_target(document), self.doc_to_choice(document)
+    def _rehearse(self, document: Document, requests: int) -> None:
+        """Mark made-up answers, so that a task that cannot mark its questions fails before the model answers them."""
+        found = super().process_results(document, [(-1.0 - place, False) for place in range(requests)])
+        for name in set(self.metrics) & set(found):
+            mean([found[name]])
+
+    def _key(self, document: Document, number: int) -> Key:
+        """What lm-eval compares answers with. Raise where it would warn and count every answer as wrong."""
+        texts = self.doc_to_choice(document)
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
+            raise UserError(
+                f"expected the choices of each question of task {self.config.task} as a list of texts; found {texts!r} "
+                f"in question {number}: mend the data, or the task's doc_to_choice"
+            )
+        target = self.doc_to_text(document) if self.multiple_input else self.doc_to_target(document)
         right = target if isinstance(target, list) else [target]
-        if all(0 <= one < len(choices) if isinstance(one, int) else one in choices for one in right):
-            return
-        raise UserError(
-            f"expected the right choice of each question of task {self.config.task} as a number from 0 to "
-            f"{len(choices) - 1}, or as one of the choices; found {target!r} in question {number}: mend the data, or "
-            "the task's doc_to_target"
-        )
+        places = [texts.index(one) if isinstance(one, str) and one in texts else one for one in right]
+        if not places or not all(isinstance(place, int) and 0 <= place < len(texts) for place in places):
+            raise UserError(
+                f"expected the right choice of each question of task {self.config.task} as a number from 0 to "
+                f"{len(texts) - 1}, or as one of the choices; found {target!r} in question {number}: mend the data, or "
+                "the task's doc_to_target"
+            )
+        self._check_meaning(document, number, texts, target)
+        return Key(tuple(texts), tuple(places))
+
+    def _check_meaning(self, document: Document, number: int, texts: list[str], target: Any) -> None:
+        """Raise where a template makes a place of a text that is itself one of the choices: "1" of "1", "2", "3"."""
+        column = str(self.config.doc_to_target).strip("{} ")
+        text = document.get(column)
+        if isinstance(text, str) and isinstance(target, int) and text in texts and texts.index(text) != target:
+            raise UserError(
+                f"expected the right choice of question {number} of task {self.config.task} as a number or as a text; "
+                f"found {text!r}, which is place {target} and choice {texts.index(text)}: write 'doc_to_target: "
+                f"{column}' without brackets if it is a text, or make the column a number"
+            )
 
 
 def allocate(sizes: Mapping[str, int], total: int, name: str) -> dict[str, int]:

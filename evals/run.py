@@ -37,15 +37,18 @@ def evaluate_checkpoint(config: EvalConfig) -> None:
         base = _baseline(config, evaluation)
         digest = files_hash(Checkpoint.open(config.model, revision=config.revision).paths())
         model = load_model(config.model, revision=config.revision, dtype=DTYPES[config.dtype], device=device)
-        result = evaluation.run(model, name=config.model, revision=config.revision)
+        result = evaluation.measure(model, name=config.model, revision=config.revision)
         result["unlearn"] |= {"command": typed_command(), "model_sha256": digest}
-        _judge(config, result, base)
-        if is_main():
-            print(_report(result))
-        if config.out is not None:
-            file = write_result(result, config.out, overwrite=config.overwrite, samples=config.samples)
-            if file is not None:
-                print(f"Results in {file}")
+        try:
+            evaluation.summarise(result)
+            _judge(config, result, base)
+            if is_main():
+                print(_report(result))
+        finally:  # what the model answered is kept, whatever becomes of its summary
+            if config.out is not None:
+                file = write_result(result, config.out, overwrite=config.overwrite, samples=config.samples)
+                if file is not None:
+                    print(f"Results in {file}")
 
 
 def _prepare(config: EvalConfig) -> "Evaluation":
@@ -63,6 +66,7 @@ def _prepare(config: EvalConfig) -> "Evaluation":
         subsample=config.subsample,
         permute=config.permute_choices,
         truncate=config.truncate,
+        metric=config.metric,
         batch_tokens=config.batch_tokens,
         model_config=load_config(config.model, revision=config.revision),
     )

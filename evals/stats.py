@@ -58,6 +58,17 @@ def effective_size(means: Sequence[float]) -> float:
     return share * (1 - share) / error**2 if error > 0 else float(len(means))
 
 
+def mean_interval(values: Sequence[float]) -> Interval:
+    """A 95 % interval of the mean of values from 0 to 1: Wilson's, at the size that they are worth.
+
+    Rights and wrongs are worth their number. Shares (of several orders of a question, or of partial credit) are worth
+    more or less, by how much they differ (see `effective_size`).
+    """
+    share = float(np.mean(values))
+    size = len(values) if set(values) <= {0, 1} else effective_size(values)
+    return wilson_interval(share * size, size)
+
+
 def mcnemar(only_first: int, only_second: int) -> float:
     """McNemar's exact test, two-sided: do two models, asked the same questions, differ in accuracy?
 

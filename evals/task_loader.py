@@ -67,6 +67,8 @@ def load_tasks(
     sizes = _subsample(names, manager.task_index, tasks, subsample) if subsample is not None else {}
     for name, task in tasks.items():
         task.select(limit=limit, subsample=sizes.get(name), permute=permute)
+    for group in loaded["groups"].values():
+        _check_weights(group)
     if permute and all(task.orders == 1 for task in tasks.values()):
         raise UserError(
             "expected a task with letters in the prompt for --permute-choices; found none: leave it out, or add one "
@@ -175,6 +177,18 @@ def _refuse_classes(name: str, index: dict[str, Entry]) -> None:
         raise UserError(f"expected a task defined in YAML; found {name}, a Python class: write it as YAML")
     for member in _members(index[name]):
         _refuse_classes(member, index)
+
+
+def _check_weights(group: Group) -> None:
+    """Refuse groups that are the plain mean over subjects of several sizes: intervals and verdicts count questions."""
+    sizes = {task.config.task: len(task.eval_docs) for task in group.get_all_tasks()}
+    unweighted = any(not one.weight_by_size for one in group.aggregate_metric_list or [])
+    if unweighted and len(set(sizes.values())) > 1:
+        raise UserError(
+            f"expected groups that weigh every question alike; found {group.name}, which takes the plain mean over "
+            f"subjects of {min(sizes.values()):,} to {max(sizes.values()):,} questions (weight_by_size: false): name "
+            f"its tasks instead ({', '.join(list(sizes)[:3])}, ...)"
+        )
 
 
 def _check_type(task: QuestionTask) -> None:

@@ -51,10 +51,10 @@ TEXT = [
 ]
 
 
-def make_tokenizer(*, bos: bool = False, end: bool = False) -> PreTrainedTokenizerFast:
+def make_tokenizer(*, bos: bool = False, end: bool = False, more: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer; with `bos` it puts <s> before each text, as Llama's does, else it is like NeoX's.
 
-    With `end` it puts <|endoftext|> after each text.
+    With `end` it puts <|endoftext|> after each text. `more` is text to learn its words from.
     """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -64,7 +64,7 @@ def make_tokenizer(*, bos: bool = False, end: bool = False) -> PreTrainedTokeniz
     trainer = trainers.BpeTrainer(
         vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    backend.train_from_iterator(TEXT, trainer)
+    backend.train_from_iterator([*TEXT, *more], trainer)
     if bos or end:
         single = " ".join(["<s>"] * bos + ["$A"] + ["<|endoftext|>"] * end)
         backend.post_processor = processors.TemplateProcessing(

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from evals_samples import ABCD, answering, gather, sample, summary_of
+from evals_samples import ABCD, answering, gather, keys_of, sample, summary_of
 
 from evals.answers import Letters, collect, debias_small
 from evals.letters import describe_letters
@@ -39,14 +39,15 @@ def test_split_by_an_unknown_column_is_an_error() -> None:
 
 def test_tasks_without_accuracy_are_left_out() -> None:
     other = sample([0, -1, -2, -3], 0)
-    other["metrics"] = ["word_perplexity"]
-    assert collect([other], None) is None
+    other |= {"metrics": ["word_perplexity"], "word_perplexity": (-20.0, 5)}
+    assert collect([other], "word_perplexity") is None
+    assert collect([sample([0, -1, -2, -3], 0)], "acc_norm") is None
 
 
 def test_accuracy_without_numbered_answers_has_an_interval_and_nothing_of_letters() -> None:
     named = [sample([0, -1, -2, -3], 0), sample([0, -1, -2, -3], 1)]
     for one in named:
-        one["target"] = "yes"
+        one["target"] = [one["target"], one["target"]]  # several right choices
     numbers = summary_of(named, None)
     assert numbers["acc"] == 0.5 and numbers["interval"] == list(wilson_interval(1, 2))
     assert not {"debiased", "predicted", "tie_rate", "letter_check"} & set(numbers)
@@ -63,7 +64,7 @@ def test_full_answers_are_scored_as_the_metric_says() -> None:
     """acc_norm divides by characters; the probability of the right answer by tokens."""
     row = sample([-4.0, -5.0], 1) | {"metrics": ["acc_norm"], "acc_norm": 1.0}
     row["arguments"] = [("q", " ab"), ("q", " abcd")]
-    found = collect([row], None, {("q", " ab"): 1, ("q", " abcd"): 2})
+    found = collect([row], "acc_norm", keys=keys_of([row]), tokens={("q", " ab"): 1, ("q", " abcd"): 2})
     assert found is not None and found.answers == [1] and found.right == [1] and found.letters == []
     assert found.answer_probability == [pytest.approx(math.exp(-5.0 / 2))]
     assert found.probability == [pytest.approx(1 / (1 + math.e))]
