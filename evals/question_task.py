@@ -3,22 +3,25 @@
 import json
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+from datasets.exceptions import DatasetsError
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.utils import handle_non_serializable, hash_string
 
 from evals.answers import ACCURACIES, Key, Letters
-from evals.local_data import LocalData
+from evals.local_data import LocalData, read_named
 from evals.task_errors import PlainText, explained
 from unlearn.errors import UserError
 from unlearn.seeding import derive
 
-# `dataset_path`s that are file formats, with the files named in the task's own YAML
+# `dataset_path`s that are file formats, with the files named in the task's own YAML, and those that are read here
 FORMATS = frozenset({"arrow", "csv", "json", "parquet", "text"})
+READ_HERE = frozenset({"csv", "json", "parquet"})
 Document = dict[str, Any]
 
 
@@ -61,6 +64,9 @@ class QuestionTask(ConfigurableTask):
         Raises:
             UserError: a split is missing locally, or the hub cannot be reached.
         """
+        if (files := self._named_files(dataset_kwargs or {})) is not None:
+            self._read_named(files)
+            return
         if self.local is None or self.config.custom_dataset is not None or self.DATASET_PATH in FORMATS:
             self._read_hub(dataset_kwargs)
             return
@@ -77,10 +83,35 @@ class QuestionTask(ConfigurableTask):
             self.dataset[split], digests = self.local.read(self.DATASET_PATH, self.DATASET_NAME, split)
             self.provenance.update(digests)
 
+    def _named_files(self, kwargs: dict[str, Any]) -> dict[str, list[str]] | None:
+        """The local files by split that the YAML names, if they and all that it says of them can be read here."""
+        named = kwargs.get("data_files")
+        if self.DATASET_PATH not in READ_HERE or not named or set(kwargs) - {"data_files", "trust_remote_code"}:
+            return None
+        by_split = named if isinstance(named, dict) else {"train": named}
+        files = {split: [some] if isinstance(some, str) else list(some) for split, some in by_split.items()}
+        return None if any("://" in name for names in files.values() for name in names) else files
+
+    def _read_named(self, files: dict[str, list[str]]) -> None:
+        """Fill `self.dataset` with files whose paths start from the YAML's folder, or else from --data-dir or here."""
+        source = (self.config.metadata or {}).get("config_source", "")
+        folders = [Path(source).parent, *([self.local.root] if self.local is not None else []), Path.cwd()]
+        self.dataset = {}
+        for split, names in files.items():
+            self.dataset[split], digests = read_named(names, folders, str(self.config.task))
+            self.provenance.update(digests)
+
     def _read_hub(self, dataset_kwargs: dict[str, Any] | None) -> None:
         try:
             super().download(dataset_kwargs)
-        except (OSError, ValueError) as error:
+        except RuntimeError as error:
+            if "scripts" not in str(error):
+                raise
+            raise UserError(
+                f"expected the data set {self.DATASET_PATH} of task {self.config.task} as files of questions; found a "
+                f"script that would make them ({str(error).splitlines()[0]}): give --data-dir with its Parquet files"
+            ) from error
+        except (OSError, ValueError, DatasetsError) as error:
             name = "/".join(part for part in (self.DATASET_PATH, self.DATASET_NAME) if part)
             raise UserError(
                 f"expected the data set {name} of task {self.config.task} on the Hugging Face hub or in its cache; "
