@@ -55,7 +55,9 @@ class QuestionTask(ConfigurableTask):
         self._metrics: list[dict[str, Any]] = []
         self.keys: list[Key] = []
         self.available, self.orders = 0, 1
-        with explained(f"task {config['task']} to be built from its YAML and its data"):
+        with explained(
+            f"task {config['task']} to be built from its YAML and its data", lambda: vars(self).get("features", ())
+        ):
             super().__init__(config={key: value for key, value in config.items() if key != "class"})
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -196,6 +198,7 @@ class QuestionTask(ConfigurableTask):
         system prompts, caches) stay at their defaults in this project.
         """
         if self._built is None:
+            self._check_examples()
             self._built = list(self._build())
         self._instances, self._metrics = self._built, []
         for instance in self._instances:
@@ -253,7 +256,7 @@ class QuestionTask(ConfigurableTask):
     def _build(self) -> Iterator[Instance]:
         self.keys, text = [], PlainText(self.config)
         for number, document in self.doc_iterator():
-            with explained(f"question {number} of task {self.config.task} to fill the task's templates", document):
+            with explained(f"question {number} of task {self.config.task} to fill the task's templates", document.keys):
                 text.check(document)
                 context = self.fewshot_context(
                     document, self.config.num_fewshot, gen_prefix=self.doc_to_prefix(document)
@@ -267,20 +270,44 @@ class QuestionTask(ConfigurableTask):
                     self._rehearse(document, len(listed))
             yield from listed
 
+    def _check_examples(self) -> None:
+        """Raise if there are not as many few-shot examples as are wanted, beside the question itself."""
+        wanted = self.config.num_fewshot
+        if not wanted:
+            return
+        found = len(self.sampler.df)
+        own = self.fewshot_cfg.split is not None and self.fewshot_cfg.split == self.config.test_split
+        if wanted > found - own:
+            raise UserError(
+                f"expected {wanted} few-shot examples for each question of task {self.config.task}; found "
+                f"{found - own}: ask for fewer"
+            )
+
     def _rehearse(self, document: Document, requests: int) -> None:
         """Mark made-up answers, so that a task that cannot mark its questions fails before the model answers them."""
         found = super().process_results(document, [(-1.0 - place, False) for place in range(requests)])
         for name in set(self.metrics) & set(found):
             mean([found[name]])
+        unknown = sorted(set(self._metric_fn_list) - set(found))
+        if unknown and self.config.process_results is None:
+            raise UserError(
+                f"expected metrics that lm-eval has for tasks of type {self.OUTPUT_TYPE}; found {unknown[0]!r} in "
+                f"task {self.config.task}: mend its metric_list"
+            )
+
+    def doc_to_choice(self, doc: Document, doc_to_choice: Any = None) -> list[str]:
+        """The choices as lm-eval reads them; `UserError` for anything but texts, which it would take apart."""
+        texts: list[str] = super().doc_to_choice(doc, doc_to_choice)
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
+            raise UserError(
+                f"expected the choices of each question of task {self.config.task} as a list of texts; found {texts!r}"
+                ": mend the data, or the task's doc_to_choice"
+            )
+        return texts
 
     def _key(self, document: Document, number: int) -> Key:
         """What lm-eval compares answers with. Raise where it would warn and count every answer as wrong."""
         texts = self.doc_to_choice(document)
-        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
-            raise UserError(
-                f"expected the choices of each question of task {self.config.task} as a list of texts; found {texts!r} "
-                f"in question {number}: mend the data, or the task's doc_to_choice"
-            )
         target = self.doc_to_text(document) if self.multiple_input else self.doc_to_target(document)
         right = target if isinstance(target, list) else [target]
         places = [texts.index(one) if isinstance(one, str) and one in texts else one for one in right]

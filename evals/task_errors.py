@@ -2,7 +2,7 @@
 or fail inside one of its templates.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ TASK_ERRORS = (
 
 
 @contextmanager
-def explained(expected: str, columns: Iterable[str] = ()) -> Iterator[None]:
+def explained(expected: str, columns: Callable[[], Iterable[str]] = tuple) -> Iterator[None]:
     """Turn what a task's definition raises within the block into a sentence.
 
     Args:
@@ -36,7 +36,8 @@ def explained(expected: str, columns: Iterable[str] = ()) -> Iterator[None]:
         raise
     except TASK_ERRORS as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
-        named = f" ({', '.join(columns)})" if columns else ""
+        listed = ", ".join(columns())
+        named = f" ({listed})" if listed else ""
         raise UserError(
             f"expected {expected}; found {type(error).__name__}: {reason}: mend the data's columns{named} or the "
             "task's YAML"

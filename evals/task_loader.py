@@ -14,7 +14,8 @@ from lm_eval.tasks._index import Entry, Kind
 
 from evals.local_data import LocalData
 from evals.question_task import QuestionTask, allocate
-from evals.task_search import QUICK_FOLDERS, TaskSearch
+from evals.task_errors import explained
+from evals.task_search import QUICK_FOLDERS, TaskSearch, check_yaml
 from unlearn.errors import UserError
 
 OWN_FOLDER = Path(__file__).parent / "tasks"
@@ -55,7 +56,10 @@ def load_tasks(
     kind = type("QuestionTask", (QuestionTask,), {"local": local})
     built: list[Any] = []
     for name in dict.fromkeys(names):
-        one = manager._factory.build(manager.task_index[name], overrides={"class": kind}, registry=manager.task_index)
+        with explained(f"a definition of {name} that lm-eval can read"):
+            one = manager._factory.build(
+                manager.task_index[name], overrides={"class": kind}, registry=manager.task_index
+            )
         built.extend(one if isinstance(one, list) else [one])
     loaded = _collect(manager, built)
     tasks: dict[str, QuestionTask] = loaded["tasks"]
@@ -112,6 +116,7 @@ def _manager(names: list[str], include_path: str | Path | None) -> TaskManager:
         folders.append(Path(include_path).expanduser())
         if not folders[-1].is_dir():
             raise UserError(f"expected a folder after --include-path; found none at {include_path}: check the path")
+        check_yaml(folders[-1])
     manager = TaskManager(include_defaults=False, include_path=[*QUICK_FOLDERS, *folders])
     if _unknown(names, manager.task_index):
         manager = _search(names, folders, manager)
