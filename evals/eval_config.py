@@ -36,7 +36,8 @@ class EvalConfig:
 
     permute_choices: bool = False
     """Ask every question with letters in all cyclic orders of its choices (four times the work): no habit of a letter
-    survives that. For headline numbers."""
+    survives that. Questions whose choices speak of each other ("A and B", "all of the above") are left out and counted.
+    For headline numbers."""
 
     truncate: bool = False
     """Cut the beginnings off questions that are longer than the model's context, as lm-eval does; without it they are

@@ -280,6 +280,7 @@ class Evaluation:
             "requests": sum(plan.requests for plan in lm.plans),
             "batches": sum(len(plan.batches) for plan in lm.plans),
             "subsample": self.subsample,
+            "left_out": {name: task.left_out for name, task in self.tasks.items() if task.left_out},
             "orders": max(task.orders for task in self.tasks.values()),
             "world_size": world_size(),
             "seconds": seconds,

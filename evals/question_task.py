@@ -14,6 +14,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.utils import handle_non_serializable, hash_string
 
 from evals.answers import ACCURACIES, Key, Letters
+from evals.choice_orders import check_columns, depends_on_order, in_every_order
 from evals.local_data import LocalData, read_named
 from evals.task_errors import PlainText, explained
 from unlearn.errors import UserError
@@ -41,6 +42,7 @@ class QuestionTask(ConfigurableTask):
         provenance: what was read: SHA-256 by file, or the fingerprint of what came from the hub by split.
         available: how many questions the data hold.
         orders: in how many cyclic orders of its choices each question is asked.
+        left_out: how many questions were not asked because their choices speak of each other's letters or places.
         keys: what marks each question with choices, once requests were built.
     """
 
@@ -54,7 +56,7 @@ class QuestionTask(ConfigurableTask):
         self._hashes: list[Hashes] | None = None
         self._metrics: list[dict[str, Any]] = []
         self.keys: list[Key] = []
-        self.available, self.orders = 0, 1
+        self.available, self.orders, self.left_out = 0, 1, 0
         with explained(
             f"task {config['task']} to be built from its YAML and its data", lambda: vars(self).get("features", ())
         ):
@@ -159,37 +161,39 @@ class QuestionTask(ConfigurableTask):
         Args:
             limit: the first so many questions.
             subsample: so many questions, drawn the same way every time: from one number to a higher one some are added.
-            permute: ask each question in every cyclic order of its choices, if they are letters in the prompt.
+            permute: ask each question in every cyclic order of its choices, if they are letters in the prompt; those
+                whose choices speak of each other are left out.
 
         Raises:
             UserError: a question lacks the columns that `permute` needs.
         """
         documents = list(self.eval_docs)
         self.available = len(documents)
+        letters = self.letters if permute else None
+        if letters is not None:
+            self.orders = len(letters.names)
+            documents = self._leave_out(documents)
         if limit is not None:
             documents = documents[:limit]
         if subsample is not None:
             order = sorted(range(len(documents)), key=lambda index: derive(0, f"question of {self.config.task}", index))
             documents = [documents[index] for index in sorted(order[:subsample])]
-        if permute and self.letters is not None:
-            self.orders = len(self.letters.names)
-            documents = [order for document in documents for order in self._in_every_order(document)]
+        if letters is not None:
+            documents = [order for document in documents for order in in_every_order(document)]
         self._documents = documents
 
-    def _in_every_order(self, document: Document) -> Iterator[Document]:
-        """The question with its choices moved up by 0, 1, ... places; the first is the question itself."""
-        choices, answer = document.get("choices"), document.get("answer")
-        if not isinstance(choices, list) or len(choices) != self.orders or not str(answer).isdigit():
+    def _leave_out(self, documents: list[Document]) -> list[Document]:
+        """Those that mean the same in another order of their choices; the others are counted."""
+        for document in documents:
+            check_columns(document, self.orders, str(self.config.task))
+        kept = [document for document in documents if not depends_on_order(document["choices"])]
+        self.left_out = len(documents) - len(kept)
+        if not kept:
             raise UserError(
-                f"expected columns choices (of {self.orders}) and answer (a number) for --permute-choices in task "
-                f"{self.config.task}; found {', '.join(document)}: leave --permute-choices out"
+                f"expected questions for --permute-choices in task {self.config.task}; found none whose choices do not "
+                "speak of each other's letters or places: leave --permute-choices out"
             )
-        for shift in range(self.orders):
-            place = (int(str(answer)) - shift) % self.orders
-            yield document | {
-                "choices": choices[shift:] + choices[:shift],
-                "answer": str(place) if isinstance(answer, str) else place,
-            }
+        return kept
 
     def build_all_requests(self, **kwargs: Any) -> None:
         """Fill `self.instances` without responses; the second time at no cost.

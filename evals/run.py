@@ -113,6 +113,12 @@ def _report(result: dict[str, Any]) -> str:
         parts.append(make_table(result, "groups"))
     if own["summary"]:
         parts.append(summary_table(own["summary"]))
+    if own["left_out"]:
+        asked = sum(counts["original"] for task, counts in result["n-samples"].items() if task in own["left_out"])
+        parts.append(
+            f"left out by --permute-choices: {sum(own['left_out'].values()):,} of {asked:,} questions, whose choices "
+            "speak of each other's letters or places ('A and B', 'all of the above')"
+        )
     if "baseline" in own:
         parts.append(f"against {own['baseline']['source']}, question by question\n{table(own['baseline']['tasks'])}")
         if own["baseline"]["warning"]:

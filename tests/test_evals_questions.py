@@ -16,6 +16,7 @@ from evals_support import (
     write_wmdp,
 )
 
+from evals.choice_orders import depends_on_order
 from evals.evaluation import Evaluation
 from evals.question_task import allocate
 from evals.stats import wilson_interval
@@ -252,3 +253,44 @@ def test_answers_that_are_the_same_tokens_are_refused(tmp_path: Path) -> None:
         UserError, match="question 0 of task wmdp_bio to differ in their tokens; found the same for ' A' and ' B'"
     ):
         Evaluation(tokenizer, tasks=["wmdp_bio"], data_dir=tmp_path, model_config=config)
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        *[(text, True) for text in ("A and D", "A and B only", "Both A & C", "both a and b.", "Neither (a) nor (b)")],
+        *[(text, True) for text in ("A, B, and C", "(B) (C) and (D).", "Options A and B", "both A and D are correct.")],
+        *[(text, True) for text in ("All of the above", "none of above.", "Either of above.", "a. and c. above")],
+        *[(text, True) for text in ("None of the above - it is better defined", "All of these options. There is more")],
+        *[
+            (text, False)
+            for text in ("Vitamin A and D", "C, C++, COM and Java", "Core", "A", "air above the ground", "I and II")
+        ],
+        *[
+            (text, False)
+            for text in ("a country", "P(A and B) = P(A) P(B)", "include all drivers of these families", "None")
+        ],
+    ],
+)
+def test_choices_that_speak_of_others_are_told(choice: str, expected: bool) -> None:
+    assert depends_on_order(["it", choice, "over", "fox"]) == expected
+
+
+def test_questions_that_mean_something_else_in_another_order_are_left_out(tmp_path: Path) -> None:
+    """ "A and D" and "all of the above" were moved up with the others, and named other choices there."""
+    strange = ["both A and B", "none of the above"]
+    rows = [question(i, i % 4, i % 4) for i in range(10)]
+    for place, text in zip((3, 7), strange, strict=True):
+        rows[place] = rows[place] | {"choices": ["it", "over", text, "fox"]}
+    write_wmdp(tmp_path, rows)
+    result = evaluate(tmp_path, ["wmdp_bio"], permute=True)
+    assert [sample["doc"]["question"] for sample in result["samples"]["wmdp_bio"][::4]] == [
+        row["question"] for place, row in enumerate(rows) if place not in (3, 7)
+    ]
+    assert result["unlearn"]["left_out"] == {"wmdp_bio": 2}
+    assert result["n-samples"]["wmdp_bio"]["original"] == 10
+    assert result["unlearn"]["summary"]["wmdp_bio"]["questions"] == 8
+    assert evaluate(tmp_path, ["wmdp_bio"])["unlearn"]["left_out"] == {}
+    write_wmdp(tmp_path, [rows[3]])
+    with pytest.raises(UserError, match="--permute-choices in task wmdp_bio; found none whose choices"):
+        evaluate(tmp_path, ["wmdp_bio"], permute=True)
