@@ -16,17 +16,20 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from evals.answer_tokens import check_answer_tokens
 from evals.answers import Answers, collect, debias_small, prompt_id
+from evals.chat import chat_template
 from evals.lm import LiveModel, context_length
 from evals.output import write_result
 from evals.plan import Planner
 from evals.question_task import QuestionTask
-from evals.summary import summarise
+from evals.summary import group_pools, summarise
 from evals.task_loader import compiled_templates, load_tasks
-from unlearn.distributed import is_main, main_first, world_size
+from unlearn.distributed import is_main, local_device, main_first, world_size
 from unlearn.errors import UserError
 
 # Accuracies have a closed-form standard error, which lm-eval computes if this is above 0; others are resampled.
 BOOTSTRAP_ITERS = 1000
+# Of one forward pass. A CPU's caches hold no more, and it has no latency of launches to hide.
+BATCH_TOKENS = {"cuda": 16384, "cpu": 1024}
 
 
 class LiveFlags(Protocol):
@@ -78,7 +81,10 @@ class Evaluation:
         permute: bool = False,
         truncate: bool = False,
         metric: str | None = None,
-        batch_tokens: int = 16384,
+        pools: Mapping[str, Sequence[str]] | None = None,
+        shots: int | None = None,
+        chat: bool = False,
+        batch_tokens: int | None = None,
         model_config: PretrainedConfig | None = None,
     ):
         """Load the questions, fill the templates, and tokenise.
@@ -92,7 +98,10 @@ class Evaluation:
             permute: ask questions with letters in every cyclic order of their choices.
             truncate: cut questions that are longer than the model's context from the left, instead of raising.
             metric: which of lm-eval's metrics to report for tasks that have it; the others keep the first of their own.
-            batch_tokens: tokens of one forward pass of one rank, padding included.
+            pools: further rows of the summary: the tasks or groups that make up each.
+            shots: few-shot examples before each question, but for tasks whose own definition says that there are none.
+            chat: ask through the tokenizer's chat template, as lm-eval does with examples as turns.
+            batch_tokens: tokens of one forward pass of one rank, padding included; None chooses by this rank's device.
             model_config: of the model to be measured; with it questions that are too long raise here, and not only
                 when the model is measured.
 
@@ -105,7 +114,9 @@ class Evaluation:
                 raise UserError(f"expected --{name} above 0; found {value}: leave it out to take all questions")
         self.tokenizer, self.limit, self.subsample = tokenizer, limit, subsample
         self._planned: int | None = None  # the context length that was planned for
-        self._planner = Planner(tokenizer, batch_tokens, truncate=truncate)
+        self._chat = chat
+        self._planner = Planner(tokenizer, batch_tokens or BATCH_TOKENS[local_device().type], truncate=truncate)
+        template = chat_template(tokenizer) if chat else None
         # Only what comes from the hub goes through a cache that one rank should fill first.
         with main_first() if data_dir is None else nullcontext():
             with _quiet(), compiled_templates():
@@ -116,11 +127,15 @@ class Evaluation:
                     limit=limit,
                     subsample=subsample,
                     permute=permute,
+                    shots=shots,
                 )
                 self._metrics = _choose_metrics(self.tasks, metric)
                 for task in self.tasks.values():
+                    task.chat_template = template
                     task.build_all_requests()
-        self.names = [*self.tasks, *self._loaded["groups"]]
+        measured = [*self.tasks, *self._loaded["groups"]]
+        self._pools = self._check_pools(pools or {}, measured)
+        self.names = [*measured, *self._pools]
         if model_config is not None:
             self._plan(context_length(model_config, tokenizer))
         # Hundreds of thousands of objects that stay: the garbage collector need not walk through them in each `run`.
@@ -222,6 +237,24 @@ class Evaluation:
                 asked = [[request.args for request in requests] for requests in task.by_question()]
                 check_answer_tokens(name, asked, scored, self.tokenizer, letters=task.letters is not None)
 
+    def _check_pools(self, pools: Mapping[str, Sequence[str]], measured: Sequence[str]) -> dict[str, list[str]]:
+        """The pools, if their parts are measured, in one metric, and their names are their own."""
+        for name, parts in pools.items():
+            missing = [part for part in parts if part not in measured]
+            if missing:
+                raise UserError(
+                    f"expected the tasks of --pool {name} among --tasks; found no {missing[0]}: add it to --tasks"
+                )
+            if name in measured:
+                raise UserError(f"expected a new name for --pool; found {name}, which is a task: choose another")
+            found = group_pools(self._metrics, {**self._loaded["group_map"], name: parts})[name]
+            if len(set(found)) > 1:
+                raise UserError(
+                    f"expected tasks of one metric in --pool {name}; found {', '.join(map(str, dict.fromkeys(found)))}"
+                    ": leave some out, or choose one with --metric"
+                )
+        return {name: list(parts) for name, parts in pools.items()}
+
     def _answers(
         self, samples: dict[str, list[dict[str, Any]]], tokens: Mapping[tuple[str, str], int]
     ) -> dict[str, Answers]:
@@ -280,6 +313,8 @@ class Evaluation:
             "requests": sum(plan.requests for plan in lm.plans),
             "batches": sum(len(plan.batches) for plan in lm.plans),
             "subsample": self.subsample,
+            "pools": self._pools,
+            "chat_template": self._chat,
             "left_out": {name: task.left_out for name, task in self.tasks.items() if task.left_out},
             "orders": max(task.orders for task in self.tasks.values()),
             "world_size": world_size(),

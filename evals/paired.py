@@ -46,7 +46,8 @@ def read_record(path: str | Path) -> Record:
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
         own = result["unlearn"]
-        return Record(str(path), own["questions"], result["group_subtasks"], own.get("dtypes", {}))
+        groups = result["group_subtasks"] | own.get("pools", {})
+        return Record(str(path), own["questions"], groups, own.get("dtypes", {}))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"expected readable results in {file}; found {error}: run the evaluation again") from error
     except (KeyError, TypeError) as error:

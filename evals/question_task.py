@@ -14,6 +14,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.utils import handle_non_serializable, hash_string
 
 from evals.answers import ACCURACIES, Key, Letters
+from evals.chat import ChatTemplate
 from evals.choice_orders import check_columns, depends_on_order, in_every_order
 from evals.local_data import LocalData, read_named
 from evals.task_errors import PlainText, explained
@@ -39,14 +40,17 @@ class QuestionTask(ConfigurableTask):
 
     Attributes:
         local: where the data are; None asks the hub.
+        shots: few-shot examples before each question, unless the YAML says that there are none; None: as it says.
         provenance: what was read: SHA-256 by file, or the fingerprint of what came from the hub by split.
         available: how many questions the data hold.
         orders: in how many cyclic orders of its choices each question is asked.
+        chat_template: makes prompts of messages; None asks in plain text.
         left_out: how many questions were not asked because their choices speak of each other's letters or places.
         keys: what marks each question with choices, once requests were built.
     """
 
     local: LocalData | None = None
+    shots: int | None = None
     MULTIMODAL = False  # lm-eval sets it on tasks with pictures or sound
 
     def __init__(self, config: dict[str, Any]):
@@ -55,12 +59,17 @@ class QuestionTask(ConfigurableTask):
         self._built: list[Instance] | None = None
         self._hashes: list[Hashes] | None = None
         self._metrics: list[dict[str, Any]] = []
+        self.chat_template: ChatTemplate | None = None
         self.keys: list[Key] = []
         self.available, self.orders, self.left_out = 0, 1, 0
         with explained(
             f"task {config['task']} to be built from its YAML and its data", lambda: vars(self).get("features", ())
         ):
-            super().__init__(config={key: value for key, value in config.items() if key != "class"})
+            super().__init__(config=self._with_shots({key: config[key] for key in config if key != "class"}))
+
+    def _with_shots(self, config: dict[str, Any]) -> dict[str, Any]:
+        """As lm-eval has it: `num_fewshot: 0` in a YAML cannot be overridden."""
+        return config if self.shots is None or config.get("num_fewshot") == 0 else config | {"num_fewshot": self.shots}
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Fill `self.dataset` with the splits that the task names.
@@ -198,8 +207,8 @@ class QuestionTask(ConfigurableTask):
     def build_all_requests(self, **kwargs: Any) -> None:
         """Fill `self.instances` without responses; the second time at no cost.
 
-        lm-eval's own version draws a progress bar per task and rank. Its arguments (limits, ranks, chat templates,
-        system prompts, caches) stay at their defaults in this project.
+        lm-eval's own version draws a progress bar per task and rank. Its arguments (limits, ranks, system prompts,
+        caches) stay at their defaults in this project; the chat template is the task's attribute.
         """
         if self._built is None:
             self._check_examples()
@@ -263,12 +272,19 @@ class QuestionTask(ConfigurableTask):
             with explained(f"question {number} of task {self.config.task} to fill the task's templates", document.keys):
                 text.check(document)
                 context = self.fewshot_context(
-                    document, self.config.num_fewshot, gen_prefix=self.doc_to_prefix(document)
+                    document,
+                    self.config.num_fewshot,
+                    gen_prefix=self.doc_to_prefix(document),
+                    apply_chat_template=self.chat_template is not None,
+                    fewshot_as_multiturn=True,
+                    chat_template=self.chat_template,
                 )
                 if self.OUTPUT_TYPE == "multiple_choice":
                     self.keys.append(self._key(document, number))
                 metadata = (self.config.task, number, self.config.repeats)
-                requests = self.construct_requests(doc=document, ctx=context, metadata=metadata)
+                requests = self.construct_requests(
+                    doc=document, ctx=context, metadata=metadata, apply_chat_template=self.chat_template is not None
+                )
                 listed = requests if isinstance(requests, list) else [requests]
                 if number == 0 and self.OUTPUT_TYPE in ("multiple_choice", "loglikelihood"):
                     self._rehearse(document, len(listed))

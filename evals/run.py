@@ -54,7 +54,7 @@ def evaluate_checkpoint(config: EvalConfig) -> None:
 def _prepare(config: EvalConfig) -> "Evaluation":
     """Questions, templates, tokens and the plan of the work, and every mistake in them."""
     from evals.evaluation import Evaluation
-    from evals.targets import check_targets, parse_target
+    from evals.targets import check_targets, parse_pools, parse_target
     from unlearn.model import load_config, load_tokenizer
 
     evaluation = Evaluation(
@@ -67,6 +67,9 @@ def _prepare(config: EvalConfig) -> "Evaluation":
         permute=config.permute_choices,
         truncate=config.truncate,
         metric=config.metric,
+        pools=parse_pools(config.pool),
+        shots=config.num_fewshot,
+        chat=config.chat_template,
         batch_tokens=config.batch_tokens,
         model_config=load_config(config.model, revision=config.revision),
     )
@@ -95,7 +98,7 @@ def _judge(config: EvalConfig, result: dict[str, Any], base: "Record | None") ->
     if config.target:
         own["verdict"] = judge(own["summary"], map(parse_target, config.target))
     if base is not None:
-        new = Record(config.model, own["questions"], result["group_subtasks"], own["dtypes"])
+        new = Record(config.model, own["questions"], result["group_subtasks"] | own["pools"], own["dtypes"])
         own["baseline"] = {"source": base.source, "tasks": compare(base, new, margin=config.margin)}
         own["baseline"]["warning"] = rounding_warning(base, new)
 

@@ -57,7 +57,7 @@ def summarise(result: dict[str, Any], split_by: str | None = None) -> Summary:
     """
     answers: Mapping[str, Answers] = result["answers"]
     pools = {task: [found] for task, found in answers.items()}
-    groups = group_pools(answers, result.get("group_subtasks", {}))
+    groups = group_pools(answers, result.get("group_subtasks", {}) | result.get("unlearn", {}).get("pools", {}))
     pools |= {name: parts for name, parts in groups.items() if len({part.metric for part in parts}) == 1}
     if split_by is not None:
         pools |= _split(pools, answers, result["samples"], split_by)
