@@ -3,15 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-import datasets
 import pytest
+from evals_stock import stock_tasks
 from evals_support import make_model, make_tokenizer, write_questions
-from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 
-from evals.evaluation import Evaluation
+from evals.evaluation import BATCH_TOKENS, Evaluation
 from evals.lm import LiveModel
-from evals.task_loader import _manager
 
 WORDS = "fox dog lazy planet red over again quick brown jumps the Which".split()
 Row = dict[str, Any]
@@ -261,26 +259,6 @@ FAMILIES: dict[str, tuple[str, str, Callable[[int], Row]]] = {  # task: (data se
 WITHOUT_ACCURACY = {"cola", "crows_pairs_english", "mutual"}
 
 
-class Stock(ConfigurableTask):
-    """lm-eval's own task, on the same rows."""
-
-    rows: dict[str, list[Row]]
-
-    def __init__(self, config: dict[str, Any]):
-        super().__init__(config={key: value for key, value in config.items() if key != "class"} | {"num_fewshot": 0})
-
-    def download(self, dataset_kwargs: Any = None, **_: Any) -> None:
-        split = FAMILIES[self.config.task][1]
-        wanted = [
-            self.config.training_split,
-            self.config.validation_split,
-            self.config.test_split,
-            self.fewshot_cfg.split,
-        ]
-        rows = datasets.Dataset.from_list(self.rows[self.config.task])
-        self.dataset = {name: rows if name == split else datasets.Dataset.from_dict({}) for name in wanted if name}
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
     """(ours, lm-eval's) of all families at once."""
@@ -292,13 +270,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], d
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("evals.evaluation.BOOTSTRAP_ITERS", 2)  # only of F1 and the like, which are resampled
         ours = Evaluation(tokenizer, tasks=list(FAMILIES), data_dir=folder).run(model)
-    manager = _manager(list(FAMILIES), None)
-    kind = type("Stock", (Stock,), {"rows": rows})
-    built = [
-        manager._factory.build(manager.task_index[name], overrides={"class": kind}, registry=manager.task_index)
-        for name in FAMILIES
-    ]
-    theirs = evaluate(LiveModel(model, tokenizer), manager.load(built), bootstrap_iters=2)
+    theirs = evaluate(
+        LiveModel(model, tokenizer, batch_tokens=BATCH_TOKENS["cpu"]),
+        stock_tasks(folder, list(FAMILIES)),
+        bootstrap_iters=2,
+    )
     assert theirs is not None
     return ours, dict(theirs)
 

@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from evals_stock import stock_tasks
 from evals_support import OracleModel, make_model, make_tokenizer, question, write_questions, write_stem, write_wmdp
-from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 
 from evals import run
 from evals.eval_config import EvalConfig
 from evals.evaluation import BATCH_TOKENS, Evaluation
 from evals.lm import LiveModel
-from evals.task_loader import _manager
 from evals.verdict import judge
 from unlearn.errors import UserError
 from unlearn.model import save_model
@@ -125,33 +124,6 @@ class ChatModel(LiveModel):
         )
 
 
-def stock(folder: Path, tasks: Path | None, names: list[str], model: Any, tokenizer: Any, **options: Any) -> Any:
-    """lm-eval's own evaluation of the same files with our model class."""
-    import datasets
-    import pyarrow.parquet
-
-    class Stock(ConfigurableTask):
-        def __init__(self, config: dict[str, Any]):
-            shots = config.get("num_fewshot")
-            wanted = {"num_fewshot": options.get("shots") if shots is None else shots}
-            super().__init__(config={key: value for key, value in config.items() if key != "class"} | wanted)
-            self.set_fewshot_seed(1234)
-
-        def download(self, dataset_kwargs: Any = None, **_: Any) -> None:
-            place = folder / self.DATASET_PATH / (self.DATASET_NAME or "")
-            files = {file.name.split("-")[0]: file for file in place.glob("*.parquet")}
-            self.dataset = {split: datasets.Dataset(pyarrow.parquet.read_table(file)) for split, file in files.items()}
-
-    manager = _manager(names, tasks)
-    built = [
-        manager._factory.build(manager.task_index[name], overrides={"class": Stock}, registry=manager.task_index)
-        for name in names
-    ]
-    lm = ChatModel(model, tokenizer)
-    chat = options.get("chat", False)
-    return evaluate(lm, manager.load(built), bootstrap_iters=2, apply_chat_template=chat, fewshot_as_multiturn=chat)
-
-
 def write_mmlu(folder: Path) -> None:
     place = folder / "cais/mmlu/anatomy"
     write_questions(place, [question(i, i % 4, None) | {"subject": "anatomy"} for i in range(9)])
@@ -171,7 +143,14 @@ def test_examples_and_chat_templates_are_lm_evals(tmp_path: Path, shots: int, ch
     ours = Evaluation(
         tokenizer, tasks=names, data_dir=tmp_path, include_path=tasks, model_config=model.config, **options
     )
-    found, expected = ours.run(model), stock(tmp_path, tasks, names, model, tokenizer, **options)
+    found = ours.run(model)
+    expected: Any = evaluate(
+        ChatModel(model, tokenizer, batch_tokens=BATCH_TOKENS["cpu"]),
+        stock_tasks(tmp_path, names, include_path=tasks, shots=shots),
+        bootstrap_iters=2,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
+    )
     for name in names:
         assert [s["arguments"] for s in found["samples"][name]] == [s["arguments"] for s in expected["samples"][name]]
         scores = {key: value for key, value in expected["results"][name].items() if key.startswith("acc")}
