@@ -2,6 +2,7 @@
 
 import json
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ def test_a_wrong_definition_is_one_sentence(tmp_path: Path, old: str, new: str, 
         ({"choices": []}, r"as a list of texts; found \[\]"),
         ({"question": ["Which", "is"]}, "a list .*'Which', 'is'.* where the template means a text"),
         ({"question": None}, "nothing .None. where the template means a text"),
+        ({"question": datetime(2024, 1, 2)}, "a datetime .*2024.* where the template means a text"),
         ({"question": b"Which?"}, "a bytes .* where the template means a text"),
         ({"answer": 1.0}, "found 1.0 in question"),
         ({"answer": "the fox"}, "found 'the fox' in question"),
