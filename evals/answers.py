@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evals.stats import permuted_matches, permuted_scores
+from unlearn.seeding import derive
 
-ACCURACIES = ("acc", "acc_norm", "acc_bytes", "exact_match")  # lm-eval's metrics that are 0 or 1 for each question
+ACCURACIES = ("acc", "acc_norm", "acc_bytes", "exact_match")  # of lm-eval's metrics those taken unless another is named
 SMALL = 20  # questions of a task, below which they tell nothing about letters
 Sample = dict[str, Any]
 
@@ -27,6 +28,18 @@ class Letters:
     orders: int = 1
 
 
+class Key(NamedTuple):
+    """What a question with choices is marked by.
+
+    Attributes:
+        texts: of the choices, whose lengths `acc_norm` and `acc_bytes` divide by.
+        right: the places of the right ones.
+    """
+
+    texts: tuple[str, ...]
+    right: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Answers:
     """The answers to one task, which is one stratum. All lists have one entry a sample.
@@ -34,13 +47,14 @@ class Answers:
     A sample is a question, or one order of its choices where several were asked.
 
     Attributes:
-        metric: which of lm-eval's metrics says what is right: the first of the task's own list.
+        metric: which of lm-eval's metrics says what is right.
         ids: 16 hexadecimal digits of the question's SHA-256, which two models' answers are paired by.
         prompts: 8 digits of the prompt's and 8 of the right answer's: how the question was asked.
-        right: 0 or 1.
+        right: the metric's value, 0 or 1, or a share between them where a task gives partial credit.
         letters: the names of the choices, empty where the choices are not letters shown in the prompt.
         orders: cyclic orders of each question, 1 without `--permute-choices`.
-        answers, targets: the place of the given and of the right choice; empty for tasks without choices.
+        answers, targets: the place of the given and of the right choice; empty for tasks without choices, with several
+            right ones, or whose metric does not ask for the likeliest.
         likelihoods: the log-likelihood of each letter; empty without letters.
         debiased: the place answered once each letter lost its mean log-likelihood over the task (see `debias_small`);
             empty without letters.
@@ -55,7 +69,7 @@ class Answers:
     metric: str
     ids: list[str]
     prompts: list[str]
-    right: list[int]
+    right: list[float]
     letters: list[str]
     orders: int
     answers: list[int]
@@ -84,17 +98,21 @@ class Answers:
         return Answers(metric=self.metric, letters=self.letters, orders=self.orders, cyclic=cyclic, **chosen)
 
     def shares_right(self) -> list[float]:
-        """The share of right answers of each question over its orders: 0 or 1 where just one was asked."""
+        """What each question earned, as the mean over its orders."""
         return np.asarray(self.right, dtype=float).reshape(-1, self.orders).mean(axis=1).tolist()
 
     def shuffled_matches(self) -> NDArray[np.int64]:
-        """How many answers would be right with the right answers shuffled among the questions: int64 [draws]."""
+        """How many answers would be right with the right answers shuffled among the questions: int64 [draws].
+
+        The seed is made of the questions: with one seed for all subjects the sum over a group would vary too much.
+        """
+        seed = derive("shuffled answers", *self.ids)
         if self.orders == 1:
-            return permuted_matches(self.answers, self.targets)
+            return permuted_matches(self.answers, self.targets, seed=seed)
         places, orders = np.asarray(self.answers).reshape(-1, self.orders), np.arange(self.orders)
         choices = (places + orders) % len(self.letters)  # [questions, orders], as places of the first order
         table = (choices[:, :, None] == np.arange(len(self.letters))).sum(axis=1)
-        return permuted_scores(table, self.targets[:: self.orders])
+        return permuted_scores(table, self.targets[:: self.orders], seed=seed)
 
     def record(self) -> dict[str, Any]:
         """What a results file keeps, for pairing with another model's answers."""
@@ -104,29 +122,29 @@ class Answers:
 
 def collect(
     samples: Sequence[Sample],
+    metric: str,
+    *,
     letters: Letters | None = None,
+    keys: Sequence[Key] = (),
     tokens: Mapping[tuple[str, str], int] | None = None,
-    delimiter: str = " ",
 ) -> Answers | None:
     """Condense lm-eval's samples of one task.
 
     Args:
+        metric: of lm-eval, whose mean over the questions is reported.
         letters: for tasks whose choices are letters in the prompt.
+        keys: one a sample, for tasks with choices.
         tokens: how many tokens the continuation of each (context, continuation) has.
-        delimiter: what stands before each choice in its continuation.
 
     Returns:
-        None for tasks that have no accuracy, such as perplexities.
+        None if the metric is not a number from 0 to 1 for each question.
     """
     first = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
-    metric = next((name for name in first[0]["metrics"] if name in ACCURACIES), None)
-    if metric is None:
+    right = _earned(first, metric)
+    if right is None:
         return None
-    right = [round(float(sample[metric])) for sample in first]
     ids = [sample["doc_hash"][:16] for sample in first]
     prompts = [prompt_id(sample["prompt_hash"], sample["target_hash"]) for sample in first]
-    choices = _choices(first)
-    targets = [_target(sample, delimiter) if choices is not None else None for sample in first]
     empty: dict[str, list[Any]] = {
         name: []
         for name in (
@@ -134,11 +152,13 @@ def collect(
             *("ties", "probability", "answer_probability", "cyclic"),
         )
     }
-    if choices is not None and None not in targets:
-        lengths = [_lengths(sample, metric, delimiter) for sample in first]
-        scores = [[v / n for v, n in zip(row, size, strict=True)] for row, size in zip(choices, lengths, strict=True)]
-        empty |= _of_choices(first, [int(target or 0) for target in targets], choices, scores, letters, tokens)
-        assert right == [int(a == t) for a, t in zip(empty["answers"], empty["targets"], strict=True)]
+    if keys and all(len(key.right) == 1 and len(key.texts) > 1 for key in keys):
+        rows = [_likelihoods(sample, len(key.texts)) for sample, key in zip(first, keys, strict=True)]
+        scores = [_scores(sample, key, metric) for sample, key in zip(first, keys, strict=True)]
+        targets = [key.right[0] for key in keys]
+        # A task may mark by rules of its own: then the likeliest choice is not its answer.
+        if right == [float(_likeliest(row) == target) for row, target in zip(scores, targets, strict=True)]:
+            empty |= _of_choices(first, targets, rows, scores, letters, tokens)
     orders = letters.orders if letters else 1
     return Answers(metric=metric, ids=ids, prompts=prompts, right=right, orders=orders, **empty)
 
@@ -172,21 +192,27 @@ def prompt_id(prompt_hash: str, target_hash: str) -> str:
     return prompt_hash[:8] + target_hash[:8]
 
 
-def _choices(samples: Sequence[Sample]) -> list[list[float]] | None:
-    """The log-likelihood of each choice of each sample; None where samples are not choices."""
-    scored = all(isinstance(response, tuple) for sample in samples for response in sample["filtered_resps"])
-    if not scored or any(len(sample["filtered_resps"]) < 2 for sample in samples):
+def _earned(samples: Sequence[Sample], metric: str) -> list[float] | None:
+    """The metric's value of each sample, whole numbers as such; None unless all are numbers from 0 to 1."""
+    values = [sample.get(metric) for sample in samples]
+    if not all(isinstance(value, (int, float, np.number, np.bool_)) and 0 <= value <= 1 for value in values):
         return None
-    return [[response[0] for response in sample["filtered_resps"]] for sample in samples]
+    return [int(value) if value in (0, 1) else float(value) for value in values if value is not None]
 
 
-def _target(sample: Sample, delimiter: str) -> int | None:
-    """The place of the right choice, given as a number or by its text, as lm-eval reads it; None if neither."""
-    target = sample["target"]
-    if isinstance(target, str):
-        texts = [arguments[1].removeprefix(delimiter) for arguments in sample["arguments"] if len(arguments) == 2]
-        return texts.index(target) if target in texts else None
-    return target if isinstance(target, int) else None
+def _likelihoods(sample: Sample, choices: int) -> list[float]:
+    """The log-likelihood of each choice; those without a context may stand behind them."""
+    return [response[0] for response in sample["filtered_resps"][:choices]]
+
+
+def _scores(sample: Sample, key: Key, metric: str) -> list[float]:
+    """What the metric compares: log-likelihoods, by character or byte of the choice, or above those without context."""
+    row, choices = _likelihoods(sample, len(key.texts)), len(key.texts)
+    if metric == "acc_mutual_info":
+        alone = [response[0] for response in sample["filtered_resps"][choices:]]
+        return [value - other for value, other in zip(row, alone, strict=True)]
+    lengths = {"acc_norm": map(len, key.texts), "acc_bytes": (len(text.encode()) for text in key.texts)}
+    return [value / length for value, length in zip(row, lengths.get(metric, [1] * choices), strict=True)]
 
 
 def _of_choices(
@@ -214,14 +240,6 @@ def _of_choices(
             for sample, row, target in zip(samples, rows, targets, strict=True)
         ]
     return found
-
-
-def _lengths(sample: Sample, metric: str, delimiter: str) -> list[int]:
-    """What lm-eval divides the log-likelihood of each choice by: its characters or bytes for normalised metrics."""
-    texts = [arguments[1].removeprefix(delimiter) for arguments in sample["arguments"]]
-    if metric == "acc_bytes":
-        return [len(text.encode()) for text in texts]
-    return [len(text) for text in texts] if metric == "acc_norm" else [1] * len(texts)
 
 
 def _likeliest(row: list[float]) -> int:

@@ -1,4 +1,7 @@
-"""From strings to tokens, exactly as lm-eval's HFLM does it, but most strings just once."""
+"""From strings to tokens, exactly as lm-eval's HFLM does it, but each string just once, and without an end token.
+
+A tokenizer may put an end token after every text. HFLM leaves it there: all answers to a question are then that token.
+"""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,7 +12,7 @@ from unlearn.errors import UserError
 Pair = tuple[str, str]  # (context, continuation): the log-likelihood of the second after the first is wanted
 TokenPair = tuple[list[int], list[int]]
 
-CHECKED = 8  # contexts of one ending whose continuation is encoded in full before the others' is taken to be the same
+PROBE = "a"  # a text whose encoding shows what a tokenizer adds to every text
 
 
 def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -18,7 +21,7 @@ def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def encode_strings(tokenizer: PreTrainedTokenizerBase, strings: Iterable[str]) -> dict[str, list[int]]:
-    """Token ids of each distinct string, with the tokenizer's own special tokens, as lm-eval's HFLM encodes them.
+    """Token ids of each distinct string, with the special tokens that the tokenizer puts before it, as in HFLM.
 
     A string that already starts with the prefix token's text gets no special tokens, or BOS would stand there twice.
     """
@@ -44,13 +47,14 @@ def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> l
     """
     split = [_move_spaces(context, continuation) for context, continuation in pairs]
     contexts = encode_strings(tokenizer, [context for context, _ in split if context])
-    tails = _continuations(tokenizer, [pair for pair in split if pair[0]], contexts)
+    whole = encode_strings(tokenizer, [context + continuation for context, continuation in split if context])
     bare = list(dict.fromkeys(continuation for context, continuation in split if not context))
     alone = dict(zip(bare, _encode(tokenizer, bare, False), strict=True)) if bare else {}
     tokens = []
     for context, continuation in split:
         if context:
-            tokens.append((contexts[context], tails[context, continuation]))
+            start = contexts[context]
+            tokens.append((start, whole[context + continuation][len(start) :]))
         else:
             tokens.append(_after_prefix(prefix_token(tokenizer), alone[continuation]))
         if not tokens[-1][1] or not tokens[-1][0]:
@@ -58,52 +62,20 @@ def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> l
     return tokens
 
 
-def _continuations(
-    tokenizer: PreTrainedTokenizerBase, pairs: list[Pair], contexts: dict[str, list[int]]
-) -> dict[Pair, list[int]]:
-    """The tokens of each continuation after its context.
-
-    Thousands of questions end in the same line ("Answer:") and are continued by the same four letters: encoding each
-    question four times more takes most of the time. Where the first of them all give the same continuation, after the
-    unchanged tokens of the context, so do the others: no tokenizer looks back across a whole line.
-    """
-    groups: dict[Pair, list[Pair]] = {}
-    for context, continuation in dict.fromkeys(pairs):
-        groups.setdefault((context.rpartition("\n")[2], continuation), []).append((context, continuation))
-    tails: dict[Pair, list[int]] = {}
-    rest = [pair for group in groups.values() if len(group) <= CHECKED for pair in group]
-    for group in groups.values():
-        if len(group) > CHECKED:
-            tail = _common_tail(tokenizer, _spread(group), contexts)
-            if tail is None:
-                rest += group
-            else:
-                tails.update(dict.fromkeys(group, tail))
-    whole = encode_strings(tokenizer, [context + more for context, more in rest])
-    return tails | {pair: whole[pair[0] + pair[1]][len(contexts[pair[0]]) :] for pair in rest}
-
-
-def _common_tail(
-    tokenizer: PreTrainedTokenizerBase, pairs: list[Pair], contexts: dict[str, list[int]]
-) -> list[int] | None:
-    """The tokens that follow the unchanged tokens of every context; None if they differ or a context's change."""
-    whole = encode_strings(tokenizer, [context + more for context, more in pairs])
-    tails = []
-    for context, more in pairs:
-        tokens, start = whole[context + more], contexts[context]
-        if tokens[: len(start)] != start:
-            return None
-        tails.append(tokens[len(start) :])
-    return tails[0] if all(tail == tails[0] for tail in tails) else None
-
-
-def _spread(group: list[Pair]) -> list[Pair]:
-    """`CHECKED` members of a larger group, evenly spread over it."""
-    return [group[index * (len(group) - 1) // (CHECKED - 1)] for index in range(CHECKED)]
-
-
 def _encode(tokenizer: PreTrainedTokenizerBase, strings: list[str], special: bool) -> list[list[int]]:
-    return tokenizer(strings, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
+    """Token ids, with the special tokens before each string if `special`, never with those after it."""
+    ids = tokenizer([PROBE, *strings], add_special_tokens=special, return_attention_mask=False, verbose=False)[
+        "input_ids"
+    ]
+    end = _after_probe(tokenizer, ids[0]) if special else 0
+    return [row[: len(row) - end] for row in ids[1:]]
+
+
+def _after_probe(tokenizer: PreTrainedTokenizerBase, encoded: list[int]) -> int:
+    """How many tokens the tokenizer adds behind a text, told from `PROBE` with and without special tokens."""
+    plain = tokenizer.encode(PROBE, add_special_tokens=False)
+    starts = [start for start in range(len(encoded)) if encoded[start : start + len(plain)] == plain]
+    return len(encoded) - starts[0] - len(plain) if starts and plain else 0
 
 
 def _move_spaces(context: str, continuation: str) -> Pair:

@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-from evals.targets import parse_target
+from evals.targets import parse_pools, parse_target
 from unlearn.errors import UserError
 
 
@@ -18,7 +18,18 @@ class EvalConfig:
     """Folder or Hugging Face hub name of the checkpoint."""
 
     tasks: tuple[str, ...] = ("wmdp_bio", "mmlu_stem")
-    """Names of lm-eval tasks, groups or tags, or of your own from --include-path."""
+    """Names of lm-eval tasks, groups or tags, or of your own from --include-path; also with commas between."""
+
+    pool: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A row over the questions of several tasks, as NAME=TASK,TASK, e.g. --pool bio=mmlu_anatomy,mmlu_virology; NAME
+    may stand in --target."""
+
+    num_fewshot: int | None = None
+    """Examples before each question, for tasks whose definition does not fix them at none (WMDP's does)."""
+
+    chat_template: bool = False
+    """Ask through the tokenizer's own chat template, as lm-eval's --apply_chat_template does with few-shot examples as
+    turns: for instruction models. The answers then follow the template without a space."""
 
     data_dir: Path | None = None
     """Folder with all question files, laid out as DIR/<dataset_path>/<dataset_name>/<split>-*.parquet.
@@ -36,11 +47,16 @@ class EvalConfig:
 
     permute_choices: bool = False
     """Ask every question with letters in all cyclic orders of its choices (four times the work): no habit of a letter
-    survives that. For headline numbers."""
+    survives that. Questions whose choices speak of each other ("A and B", "all of the above") are left out and counted.
+    For headline numbers."""
 
     truncate: bool = False
     """Cut the beginnings off questions that are longer than the model's context, as lm-eval does; without it they are
     an error."""
+
+    metric: str | None = None
+    """The metric of lm-eval that is shown, judged and compared, for tasks that have it, e.g. acc_norm. Without it, and
+    for the other tasks, the first accuracy of the task's own list."""
 
     target: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A bound to judge, e.g. --target 'wmdp_bio_robust<=0.25' --target 'mmlu_stem>=0.34', in quotation marks."""
@@ -51,8 +67,9 @@ class EvalConfig:
     margin: float = 0.01
     """Against --baseline: how much worse still counts as not inferior, as a fraction."""
 
-    batch_tokens: int = 16384
-    """Tokens of one forward pass on one rank, padding included. Lower it if memory runs out."""
+    batch_tokens: int | None = None
+    """Tokens of one forward pass on one rank, padding included. Lower it if memory runs out. None chooses by device:
+    16,384 on a GPU, 1,024 on a CPU."""
 
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Type of the weights in memory. Logits are computed in float32 in either case."""
@@ -73,9 +90,14 @@ class EvalConfig:
         """Refuse what cannot work before anything is loaded."""
         if not self.tasks:
             raise UserError("expected at least one name after --tasks; found none: try wmdp_bio mmlu_stem")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise UserError(
+                f"expected --num-fewshot of 0 or more; found {self.num_fewshot}: leave it out for the task's own"
+            )
+        parse_pools(self.pool)
         if self.limit is not None and self.limit <= 0:
             raise UserError(f"expected --limit above 0; found {self.limit}: leave it out to take all questions")
-        if self.batch_tokens <= 0:
+        if self.batch_tokens is not None and self.batch_tokens <= 0:
             raise UserError(f"expected --batch-tokens above 0; found {self.batch_tokens}: 16384 suits most GPUs")
         if self.subsample is not None and self.subsample <= 0:
             raise UserError(f"expected --subsample above 0; found {self.subsample}: leave it out to take all questions")

@@ -14,18 +14,22 @@ from lm_eval.evaluator import evaluate
 from lm_eval.utils import hash_string, sanitize_model_name
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from evals.answer_tokens import check_answer_tokens
 from evals.answers import Answers, collect, debias_small, prompt_id
+from evals.chat import chat_template
 from evals.lm import LiveModel, context_length
 from evals.output import write_result
 from evals.plan import Planner
 from evals.question_task import QuestionTask
-from evals.summary import summarise
+from evals.summary import group_pools, summarise
 from evals.task_loader import compiled_templates, load_tasks
-from unlearn.distributed import is_main, main_first, world_size
+from unlearn.distributed import is_main, local_device, main_first, world_size
 from unlearn.errors import UserError
 
 # Accuracies have a closed-form standard error, which lm-eval computes if this is above 0; others are resampled.
 BOOTSTRAP_ITERS = 1000
+# Of one forward pass. A CPU's caches hold no more, and it has no latency of launches to hide.
+BATCH_TOKENS = {"cuda": 16384, "cpu": 1024}
 
 
 class LiveFlags(Protocol):
@@ -76,7 +80,11 @@ class Evaluation:
         subsample: int | None = None,
         permute: bool = False,
         truncate: bool = False,
-        batch_tokens: int = 16384,
+        metric: str | None = None,
+        pools: Mapping[str, Sequence[str]] | None = None,
+        shots: int | None = None,
+        chat: bool = False,
+        batch_tokens: int | None = None,
         model_config: PretrainedConfig | None = None,
     ):
         """Load the questions, fill the templates, and tokenise.
@@ -89,20 +97,26 @@ class Evaluation:
             subsample: only so many questions of each of `tasks`, shared out among its subjects and always the same.
             permute: ask questions with letters in every cyclic order of their choices.
             truncate: cut questions that are longer than the model's context from the left, instead of raising.
-            batch_tokens: tokens of one forward pass of one rank, padding included.
+            metric: which of lm-eval's metrics to report for tasks that have it; the others keep the first of their own.
+            pools: further rows of the summary: the tasks or groups that make up each.
+            shots: few-shot examples before each question, but for tasks whose own definition says that there are none.
+            chat: ask through the tokenizer's chat template, as lm-eval does with examples as turns.
+            batch_tokens: tokens of one forward pass of one rank, padding included; None chooses by this rank's device.
             model_config: of the model to be measured; with it questions that are too long raise here, and not only
                 when the model is measured.
 
         Raises:
             UserError: an unknown task, missing data, no questions, a number that is not positive, questions too long
-                for the model, a tokenizer that takes more than one token for an answer's letter.
+                for the model, a tokenizer that takes several tokens for a letter, or the same ones for two answers.
         """
         for name, value in (("limit", limit), ("subsample", subsample)):
             if value is not None and value <= 0:
                 raise UserError(f"expected --{name} above 0; found {value}: leave it out to take all questions")
         self.tokenizer, self.limit, self.subsample = tokenizer, limit, subsample
         self._planned: int | None = None  # the context length that was planned for
-        self._planner = Planner(tokenizer, batch_tokens, truncate=truncate)
+        self._chat = chat
+        self._planner = Planner(tokenizer, batch_tokens or BATCH_TOKENS[local_device().type], truncate=truncate)
+        template = chat_template(tokenizer) if chat else None
         # Only what comes from the hub goes through a cache that one rank should fill first.
         with main_first() if data_dir is None else nullcontext():
             with _quiet(), compiled_templates():
@@ -113,10 +127,15 @@ class Evaluation:
                     limit=limit,
                     subsample=subsample,
                     permute=permute,
+                    shots=shots,
                 )
+                self._metrics = _choose_metrics(self.tasks, metric)
                 for task in self.tasks.values():
+                    task.chat_template = template
                     task.build_all_requests()
-        self.names = [*self.tasks, *self._loaded["groups"]]
+        measured = [*self.tasks, *self._loaded["groups"]]
+        self._pools = self._check_pools(pools or {}, measured)
+        self.names = [*measured, *self._pools]
         if model_config is not None:
             self._plan(context_length(model_config, tokenizer))
         # Hundreds of thousands of objects that stay: the garbage collector need not walk through them in each `run`.
@@ -128,11 +147,12 @@ class Evaluation:
         """The tasks with questions, by name."""
         return self._loaded["tasks"]
 
-    def asked(self) -> dict[str, dict[str, list[str]]]:
-        """What will be asked, by task: `ids` and `prompts` as `Answers` has them."""
+    def asked(self) -> dict[str, dict[str, Any]]:
+        """What will be asked, by task: `metric`, `ids` and `prompts` as `Answers` has them."""
         hashes = {name: task.hashes() for name, task in self.tasks.items()}
         return {
             name: {
+                "metric": self._metrics[name],
                 "ids": [one.doc_hash[:16] for one in found],
                 "prompts": [prompt_id(one.prompt_hash, one.target_hash) for one in found],
             }
@@ -141,7 +161,8 @@ class Evaluation:
 
     def sha256(self) -> str:
         """Of every question, as it is asked."""
-        return hash_string(json.dumps(self.asked()))
+        asked = {name: {kind: found[kind] for kind in ("ids", "prompts")} for name, found in self.asked().items()}
+        return hash_string(json.dumps(asked))
 
     def run(self, model: PreTrainedModel, *, name: str | None = None, revision: str | None = None) -> dict[str, Any]:
         """Measure `model` as it is: in training or not, plain or sharded.
@@ -158,6 +179,14 @@ class Evaluation:
         Raises:
             UserError: a log-likelihood is NaN, or the ranks were given different questions.
         """
+        result = self.measure(model, name=name, revision=revision)
+        self.summarise(result)
+        return result
+
+    def measure(
+        self, model: PreTrainedModel, *, name: str | None = None, revision: str | None = None
+    ) -> dict[str, Any]:
+        """What `run` returns, but for the summary: worth keeping even if that should fail."""
         started = time.time()
         lm = LiveModel(model, self.tokenizer, planner=self._planner)
         self._plan(lm.max_length)
@@ -172,9 +201,13 @@ class Evaluation:
             counts["original"] = self.tasks[task].available
         result["task_hashes"] = {task: _hash_of_task(samples) for task, samples in result["samples"].items()}
         result["answers"] = self._answers(result["samples"], lm.tokens)
-        result["unlearn"] = self._own(lm, result["answers"], seconds) | {"summary": summarise(result)}
-        _cluster_errors(result)
+        result["unlearn"] = self._own(lm, result["answers"], seconds)
         return result
+
+    def summarise(self, result: dict[str, Any]) -> None:
+        """Add the summary to what `measure` returned, and the standard errors that follow from it."""
+        result["unlearn"]["summary"] = summarise(result)
+        _cluster_errors(result)
 
     def write(
         self, result: dict[str, Any], out: str | Path, *, overwrite: bool = False, samples: bool = False
@@ -194,28 +227,43 @@ class Evaluation:
             self._planner.plan_rolling([text for (text,) in asked["loglikelihood_rolling"]], max_length)
         if "loglikelihood" in asked:
             plan = self._planner.plan(asked["loglikelihood"], max_length)
-            self._check_letters(dict(zip(asked["loglikelihood"], plan.lengths, strict=True)))
+            self._check_answers(dict(zip(asked["loglikelihood"], plan.continuations, strict=True)))
         self._planned = max_length
 
-    def _check_letters(self, tokens: Mapping[tuple[str, str], int]) -> None:
-        """Raise unless every letter is a single token after its question, as all published numbers take it to be."""
+    def _check_answers(self, scored: Mapping[tuple[str, str], list[int]]) -> None:
+        """Raise unless the answers to each question with choices can be told apart by their tokens."""
         for name, task in self.tasks.items():
-            if task.letters is None:
-                continue
-            for instance in task.instances:
-                if tokens[instance.args] != 1:
-                    raise UserError(
-                        f"expected each answer letter of task {name} to be one token of the tokenizer; found "
-                        f"{tokens[instance.args]} for {instance.args[1]!r}: the letters' probabilities would mean "
-                        "something else, choose a model with another tokenizer or a task with full answers"
-                    )
+            if task.OUTPUT_TYPE == "multiple_choice":
+                asked = [[request.args for request in requests] for requests in task.by_question()]
+                check_answer_tokens(name, asked, scored, self.tokenizer, letters=task.letters is not None)
+
+    def _check_pools(self, pools: Mapping[str, Sequence[str]], measured: Sequence[str]) -> dict[str, list[str]]:
+        """The pools, if their parts are measured, in one metric, and their names are their own."""
+        for name, parts in pools.items():
+            missing = [part for part in parts if part not in measured]
+            if missing:
+                raise UserError(
+                    f"expected the tasks of --pool {name} among --tasks; found no {missing[0]}: add it to --tasks"
+                )
+            if name in measured:
+                raise UserError(f"expected a new name for --pool; found {name}, which is a task: choose another")
+            found = group_pools(self._metrics, {**self._loaded["group_map"], name: parts})[name]
+            if len(set(found)) > 1:
+                raise UserError(
+                    f"expected tasks of one metric in --pool {name}; found {', '.join(map(str, dict.fromkeys(found)))}"
+                    ": leave some out, or choose one with --metric"
+                )
+        return {name: list(parts) for name, parts in pools.items()}
 
     def _answers(
         self, samples: dict[str, list[dict[str, Any]]], tokens: Mapping[tuple[str, str], int]
     ) -> dict[str, Answers]:
         found = {}
         for name, task in self.tasks.items():
-            answers = collect(samples[name], task.letters, tokens, task.config.target_delimiter)
+            metric = self._metrics[name]
+            if metric is None:
+                continue
+            answers = collect(samples[name], metric, letters=task.letters, keys=task.keys, tokens=tokens)
             if answers is not None:
                 found[name] = answers
         return debias_small(found)
@@ -265,11 +313,25 @@ class Evaluation:
             "requests": sum(plan.requests for plan in lm.plans),
             "batches": sum(len(plan.batches) for plan in lm.plans),
             "subsample": self.subsample,
+            "pools": self._pools,
+            "chat_template": self._chat,
+            "left_out": {name: task.left_out for name, task in self.tasks.items() if task.left_out},
             "orders": max(task.orders for task in self.tasks.values()),
             "world_size": world_size(),
             "seconds": seconds,
             "questions": {task: found.record() for task, found in answers.items()},
         }
+
+
+def _choose_metrics(tasks: Mapping[str, QuestionTask], wanted: str | None) -> dict[str, str | None]:
+    """The metric of each task, None where it has no accuracy; `UserError` if no task has the one that is wanted."""
+    if wanted is not None and not any(wanted in task.metrics for task in tasks.values()):
+        known = list(dict.fromkeys(name for task in tasks.values() for name in task.metrics))
+        raise UserError(
+            f"expected --metric as one that a task has and that is a mean over its questions; found {wanted!r}: "
+            f"they have {', '.join(known) or 'none'}"
+        )
+    return {name: task.metric(wanted) for name, task in tasks.items()}
 
 
 def _cluster_errors(result: dict[str, Any]) -> None:

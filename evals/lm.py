@@ -97,7 +97,7 @@ class LiveModel(TemplateLM):
         """
         pairs = [request.args for request in requests]
         plan = self.planner.plan(pairs, self.max_length)
-        self.tokens.update(zip(pairs, plan.lengths, strict=True))
+        self.tokens.update(zip(pairs, map(len, plan.continuations), strict=True))
         scores = self._run(plan, progress=not disable_tqdm)
         _check_finite(scores[:, 0], [request.task_name for request in requests])
         return [(score, wrong == 0.0) for score, wrong in scores.tolist()]

@@ -5,10 +5,10 @@ from typing import Any
 
 from evals.evaluation import Evaluation
 from evals.paired import Record, check_same, read_record
-from evals.stats import wilson_interval
+from evals.stats import mean_interval
 from evals.summary import group_pools
 
-Answered = list[tuple[Mapping[str, Any], int]]  # (question, whether it was answered right)
+Answered = list[tuple[Mapping[str, Any], float]]  # (question, what its answer earned, from 0 to 1)
 
 
 def original_accuracies(
@@ -54,5 +54,5 @@ def _parts(task: str, answered: Answered, column: str | None) -> dict[str, Answe
 
 
 def _accuracy(answered: Answered) -> dict[str, Any]:
-    right, total = sum(right for _, right in answered), len(answered)
-    return {"acc": right / total, "interval": list(wilson_interval(right, total)), "questions": total}
+    earned = [right for _, right in answered]
+    return {"acc": sum(earned) / len(earned), "interval": list(mean_interval(earned)), "questions": len(earned)}

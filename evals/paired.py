@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evals.stats import Z_90, bootstrap_difference, effective_size, mcnemar, score_difference, wilson_interval
+from evals.stats import Z_90, bootstrap_difference, mcnemar, mean_interval, score_difference
 from evals.summary import group_pools
 from unlearn.errors import UserError
 
@@ -46,7 +46,8 @@ def read_record(path: str | Path) -> Record:
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
         own = result["unlearn"]
-        return Record(str(path), own["questions"], result["group_subtasks"], own.get("dtypes", {}))
+        groups = result["group_subtasks"] | own.get("pools", {})
+        return Record(str(path), own["questions"], groups, own.get("dtypes", {}))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"expected readable results in {file}; found {error}: run the evaluation again") from error
     except (KeyError, TypeError) as error:
@@ -75,7 +76,7 @@ def check_same(base: Record, questions: Mapping[str, Mapping[str, Any]]) -> None
     """Raise `UserError` unless `base` asked exactly these questions of each of these tasks, in this order and form.
 
     Args:
-        questions: the `ids` and `prompts` of each task, as of `Evaluation.asked` or `Answers.record`.
+        questions: the `ids`, `prompts` and `metric` of each task, as of `Evaluation.asked` or `Answers.record`.
     """
     missing = [task for task in questions if task not in base.questions]
     if missing:
@@ -84,6 +85,7 @@ def check_same(base: Record, questions: Mapping[str, Mapping[str, Any]]) -> None
             f"{', '.join(list(base.questions)[:4]) or 'no tasks'}: evaluate both models on the same tasks"
         )
     for task, asked in questions.items():
+        _check_metric(base, task, asked.get("metric"))
         known, ids = base.questions[task]["ids"], asked["ids"]
         if known == ids:
             _check_prompts(base, task, asked.get("prompts"))
@@ -98,6 +100,15 @@ def check_same(base: Record, questions: Mapping[str, Mapping[str, Any]]) -> None
         raise UserError(
             f"expected the questions of {base.source} in task {task}; found {found}: evaluate both models on the "
             "same question files, with the same --limit, --subsample and --permute-choices"
+        )
+
+
+def _check_metric(base: Record, task: str, metric: str | None) -> None:
+    known = base.questions[task]["metric"]
+    if metric is not None and metric != known:
+        raise UserError(
+            f"expected {metric} of task {task} in {base.source}; found {known}: evaluate both models with the same "
+            "--metric"
         )
 
 
@@ -147,8 +158,11 @@ def compare(base: Record, new: Record, *, margin: float = MARGIN) -> dict[str, d
         UserError: the two did not answer the same questions.
     """
     check_same(base, new.questions)
+    metrics = {task: record["metric"] for task, record in new.questions.items()}
     paired = {task: (_shares(base.questions[task]), _shares(record)) for task, record in new.questions.items()}
-    pools = {task: [pair] for task, pair in paired.items()} | group_pools(paired, new.groups)
+    alike = [group for group, names in group_pools(metrics, new.groups).items() if len(set(names)) == 1]
+    groups = group_pools(paired, new.groups)
+    pools = {task: [pair] for task, pair in paired.items()} | {group: groups[group] for group in alike}
     return {name: _compare(parts, margin) for name, parts in pools.items()}
 
 
@@ -170,10 +184,9 @@ def _compare(parts: list[tuple[Shares, Shares]], margin: float) -> dict[str, Any
         one_sided = score_difference(lost, won, len(flat), Z_90)
     accuracies: dict[str, Any] = {}
     for name, model in (("base", [base for base, _ in parts]), ("new", [new for _, new in parts])):
-        right = np.concatenate(model)
-        size = len(right) if np.isin(right, (0.0, 1.0)).all() else effective_size(right.tolist())
-        accuracies[name] = float(right.mean())
-        accuracies[f"{name}_interval"] = list(wilson_interval(right.mean() * size, size))
+        right = np.concatenate(model).tolist()
+        accuracies[name] = float(np.mean(right))
+        accuracies[f"{name}_interval"] = list(mean_interval(right))
     return accuracies | {
         "difference": float(flat.mean()),
         "interval": list(interval),

@@ -35,14 +35,14 @@ class Plan:
     Attributes:
         requests: how many log-likelihoods are wanted.
         batches: the rows, longest first; each batch is one forward pass of one rank.
-        lengths: how many tokens each request scores.
+        continuations: the tokens that each request scores.
         truncated: how many rows lost tokens on the left.
         checksum: CRC-32 of the batches, equal on ranks that planned the same.
     """
 
     requests: int
     batches: list[list[Row]]
-    lengths: list[int]
+    continuations: list[list[int]]
     truncated: int
     checksum: int
 
@@ -83,8 +83,7 @@ def make_plan(pairs: Sequence[TokenPair], *, max_length: int, batch_tokens: int,
     rows = [Row(tokens, max(len(c) for _, c in requests), requests) for tokens, requests in groups.items()]
     rows.sort(key=lambda row: (-len(row.tokens), row.tokens))
     batches = _batches(rows, batch_tokens)
-    lengths = [len(continuation) for _, continuation in pairs]
-    return Plan(len(pairs), batches, lengths, len(cut), _checksum(batches))
+    return Plan(len(pairs), batches, [continuation for _, continuation in pairs], len(cut), _checksum(batches))
 
 
 def _batches(rows: list[Row], batch_tokens: int) -> list[list[Row]]:

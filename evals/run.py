@@ -37,21 +37,24 @@ def evaluate_checkpoint(config: EvalConfig) -> None:
         base = _baseline(config, evaluation)
         digest = files_hash(Checkpoint.open(config.model, revision=config.revision).paths())
         model = load_model(config.model, revision=config.revision, dtype=DTYPES[config.dtype], device=device)
-        result = evaluation.run(model, name=config.model, revision=config.revision)
+        result = evaluation.measure(model, name=config.model, revision=config.revision)
         result["unlearn"] |= {"command": typed_command(), "model_sha256": digest}
-        _judge(config, result, base)
-        if is_main():
-            print(_report(result))
-        if config.out is not None:
-            file = write_result(result, config.out, overwrite=config.overwrite, samples=config.samples)
-            if file is not None:
-                print(f"Results in {file}")
+        try:
+            evaluation.summarise(result)
+            _judge(config, result, base)
+            if is_main():
+                print(_report(result))
+        finally:  # what the model answered is kept, whatever becomes of its summary
+            if config.out is not None:
+                file = write_result(result, config.out, overwrite=config.overwrite, samples=config.samples)
+                if file is not None:
+                    print(f"Results in {file}")
 
 
 def _prepare(config: EvalConfig) -> "Evaluation":
     """Questions, templates, tokens and the plan of the work, and every mistake in them."""
     from evals.evaluation import Evaluation
-    from evals.targets import check_targets, parse_target
+    from evals.targets import check_targets, parse_pools, parse_target
     from unlearn.model import load_config, load_tokenizer
 
     evaluation = Evaluation(
@@ -63,6 +66,10 @@ def _prepare(config: EvalConfig) -> "Evaluation":
         subsample=config.subsample,
         permute=config.permute_choices,
         truncate=config.truncate,
+        metric=config.metric,
+        pools=parse_pools(config.pool),
+        shots=config.num_fewshot,
+        chat=config.chat_template,
         batch_tokens=config.batch_tokens,
         model_config=load_config(config.model, revision=config.revision),
     )
@@ -91,7 +98,7 @@ def _judge(config: EvalConfig, result: dict[str, Any], base: "Record | None") ->
     if config.target:
         own["verdict"] = judge(own["summary"], map(parse_target, config.target))
     if base is not None:
-        new = Record(config.model, own["questions"], result["group_subtasks"], own["dtypes"])
+        new = Record(config.model, own["questions"], result["group_subtasks"] | own["pools"], own["dtypes"])
         own["baseline"] = {"source": base.source, "tasks": compare(base, new, margin=config.margin)}
         own["baseline"]["warning"] = rounding_warning(base, new)
 
@@ -109,6 +116,12 @@ def _report(result: dict[str, Any]) -> str:
         parts.append(make_table(result, "groups"))
     if own["summary"]:
         parts.append(summary_table(own["summary"]))
+    if own["left_out"]:
+        asked = sum(counts["original"] for task, counts in result["n-samples"].items() if task in own["left_out"])
+        parts.append(
+            f"left out by --permute-choices: {sum(own['left_out'].values()):,} of {asked:,} questions, whose choices "
+            "speak of each other's letters or places ('A and B', 'all of the above')"
+        )
     if "baseline" in own:
         parts.append(f"against {own['baseline']['source']}, question by question\n{table(own['baseline']['tasks'])}")
         if own["baseline"]["warning"]:

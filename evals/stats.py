@@ -1,7 +1,8 @@
 """Statistics of accuracies: intervals, paired tests, and how much the answers have to do with the questions.
 
 A *stratum* is one subject (one lm-eval task): what is drawn at random is drawn within it, because subjects differ.
-Random draws are seeded: the same answers give the same numbers. Nothing here needs scipy.
+Random draws are seeded: the same answers give the same numbers. Shuffles of strata that are added up need seeds of
+their own, or they are correlated and their sum varies too much. Nothing here needs scipy.
 """
 
 import math
@@ -55,6 +56,17 @@ def effective_size(means: Sequence[float]) -> float:
     """
     share, error = float(np.mean(means)), standard_error(means)
     return share * (1 - share) / error**2 if error > 0 else float(len(means))
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """A 95 % interval of the mean of values from 0 to 1: Wilson's, at the size that they are worth.
+
+    Rights and wrongs are worth their number. Shares (of several orders of a question, or of partial credit) are worth
+    more or less, by how much they differ (see `effective_size`).
+    """
+    share = float(np.mean(values))
+    size = len(values) if set(values) <= {0, 1} else effective_size(values)
+    return wilson_interval(share * size, size)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

@@ -11,8 +11,8 @@ import numpy as np
 from evals.answers import Answers, merged
 from evals.letters import check_letters
 from evals.stats import (
-    effective_size,
     independent_accuracy,
+    mean_interval,
     permutation_test,
     shares,
     standard_error,
@@ -34,10 +34,11 @@ def summarise(result: dict[str, Any], split_by: str | None = None) -> Summary:
 
     Returns:
         {task or group: numbers}. A group is the micro-average of its tasks, as in lm-eval. Tasks without an accuracy
-        are left out. Numbers, as fractions:
+        are left out, and groups with such tasks or with several metrics. Numbers, as fractions:
 
         metric: which metric of lm-eval `acc` is: acc, acc_norm, ...
-        acc, interval (Wilson, 95 %), stderr, questions.
+        acc, interval, stderr, questions: the interval is Wilson's, 95 %, at the size that the standard error is worth
+            where questions earn shares or were asked in several orders.
         tie_rate, probability: with choices: how often two were likeliest; mean probability of the right one among them.
         answer_probability: with full answers: the mean of P(right answer)^(1/tokens).
         letters, predicted, right: with letters: their names, how often each was answered, and how often right.
@@ -56,7 +57,8 @@ def summarise(result: dict[str, Any], split_by: str | None = None) -> Summary:
     """
     answers: Mapping[str, Answers] = result["answers"]
     pools = {task: [found] for task, found in answers.items()}
-    pools |= group_pools(answers, result.get("group_subtasks", {}))
+    groups = group_pools(answers, result.get("group_subtasks", {}) | result.get("unlearn", {}).get("pools", {}))
+    pools |= {name: parts for name, parts in groups.items() if len({part.metric for part in parts}) == 1}
     if split_by is not None:
         pools |= _split(pools, answers, result["samples"], split_by)
     shuffled: dict[tuple[int, ...], Any] = {}  # by task: a subject's shuffles serve its groups too
@@ -64,12 +66,13 @@ def summarise(result: dict[str, Any], split_by: str | None = None) -> Summary:
 
 
 def group_pools(tasks: Mapping[str, Any], groups: Mapping[str, Iterable[str]]) -> dict[str, list[Any]]:
-    """What belongs to the tasks below each group, in order; groups without such tasks are left out."""
-    pools = {
-        group: [tasks[leaf] for leaf in _leaves(children, groups) if leaf in tasks]
-        for group, children in groups.items()
+    """What belongs to the tasks below each group, in order; groups that lack any of theirs are left out."""
+    leaves = {group: list(dict.fromkeys(_leaves(children, groups))) for group, children in groups.items()}
+    return {
+        group: [tasks[leaf] for leaf in names]
+        for group, names in leaves.items()
+        if names and all(leaf in tasks for leaf in names)
     }
-    return {group: parts for group, parts in pools.items() if parts}
 
 
 def _leaves(names: Iterable[str], groups: Mapping[str, Iterable[str]]) -> Iterable[str]:
@@ -103,11 +106,10 @@ def _measure(parts: list[Answers], shuffled: dict[tuple[int, ...], Any]) -> dict
     """The numbers of one pool, made of the questions of one task or of several."""
     orders = parts[0].orders
     means = [share for part in parts for share in part.shares_right()]
-    size = len(means) if orders == 1 else effective_size(means)
     numbers: dict[str, Any] = {
         "metric": parts[0].metric,
         "acc": _mean(means),
-        "interval": list(wilson_interval(_mean(means) * size, size)),
+        "interval": list(mean_interval(means)),
         "stderr": standard_error(means),
         "questions": len(means),
     }
@@ -168,12 +170,13 @@ def _mean(values: Iterable[float]) -> float:
 
 def summary_table(summary: Summary) -> str:
     """Accuracies in per cent with their intervals, and the letter check, in lines of text."""
-    width = max(map(len, summary))
+    labels = {name: label(name, numbers) for name, numbers in summary.items()}
+    width = max(map(len, labels.values()))
     lines = [
         f"{'task':{width}} {'questions':>9}  {'accuracy [95 %]':>20} {'debiased [95 %]':>20} {'commonest':>9}  answers"
     ]
     for name, numbers in summary.items():
-        line = f"{name:{width}} {numbers['questions']:>9,}  {_cell(numbers['acc'], numbers['interval']):>20}"
+        line = f"{labels[name]:{width}} {numbers['questions']:>9,}  {_cell(numbers['acc'], numbers['interval']):>20}"
         if "letters" in numbers:
             share = max(numbers["predicted"])
             letter = numbers["letters"][numbers["predicted"].index(share)]
@@ -184,6 +187,11 @@ def summary_table(summary: Summary) -> str:
             cyclic = _cell(numbers["cyclic"], numbers["cyclic_interval"])
             lines.append(f"{'  averaged over orders':{width + 11}} {cyclic:>20}")
     return "\n".join(lines)
+
+
+def label(name: str, numbers: Mapping[str, Any]) -> str:
+    """A task's name, with its metric if that is not plain accuracy."""
+    return name if numbers["metric"] == "acc" else f"{name} ({numbers['metric']})"
 
 
 def _cell(share: float, interval: list[float]) -> str:

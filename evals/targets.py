@@ -44,6 +44,27 @@ def parse_target(text: str) -> Target:
     return Target(match["task"], "<=" if match["operator"] == "<=" else ">=", value)
 
 
+def parse_pools(texts: Iterable[str]) -> dict[str, list[str]]:
+    """Read NAME=TASK,TASK: which tasks make up each row.
+
+    Raises:
+        UserError: it is not of that form, or a name comes twice.
+    """
+    pools: dict[str, list[str]] = {}
+    for text in texts:
+        name, _, listed = text.partition("=")
+        tasks = list(dict.fromkeys(task for task in listed.split(",") if task))
+        if not name or len(tasks) < 2 or _TARGET.search(name):
+            raise UserError(
+                f"expected --pool as NAME=TASK,TASK with two tasks or more; found {text!r}: write for example --pool "
+                "bio=mmlu_anatomy,mmlu_virology"
+            )
+        if name in pools:
+            raise UserError(f"expected each name once in --pool; found {name} twice: leave one out")
+        pools[name] = tasks
+    return pools
+
+
 def check_targets(targets: Iterable[Target], measured: Iterable[str]) -> None:
     """Raise `UserError` unless every target is for a task or group that will be measured."""
     names = list(measured)

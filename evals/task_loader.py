@@ -2,7 +2,7 @@
 
 import difflib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from lm_eval.tasks._index import Entry, Kind
 
 from evals.local_data import LocalData
 from evals.question_task import QuestionTask, allocate
-from evals.task_search import QUICK_FOLDERS, TaskSearch
+from evals.task_errors import explained
+from evals.task_search import QUICK_FOLDERS, TaskSearch, check_yaml
 from unlearn.errors import UserError
 
 OWN_FOLDER = Path(__file__).parent / "tasks"
@@ -30,43 +31,56 @@ def load_tasks(
     limit: int | None = None,
     subsample: int | None = None,
     permute: bool = False,
+    shots: int | None = None,
 ) -> dict[str, Any]:
     """Resolve task, group and tag names, and choose their questions.
 
     Args:
-        names: what lm-eval calls them, e.g. `wmdp_bio`, `mmlu_stem`.
+        names: what lm-eval calls them, e.g. `wmdp_bio`, `mmlu_stem`; one word may hold several with commas between.
         data_dir: folder for *all* data; None reads the hub or its cache.
         include_path: folder with further task YAML files, which win over others of the same name.
         limit: only the first so many questions of each task.
         subsample: so many questions of each of `names`, shared out among its subjects and always the same.
         permute: ask questions with letters in every cyclic order of their choices.
+        shots: few-shot examples before each question, but for tasks whose own YAML says that there are none.
 
     Returns:
         lm-eval's task dictionary: `tasks`, `groups`, `group_map`.
 
     Raises:
-        UserError: no or unknown tasks, a task of an unsupported kind, one asked for twice, missing data, no questions,
-            nothing to permute.
+        UserError: no or unknown tasks, a task of an unsupported kind, one asked for in two ways, missing data, no
+            questions, nothing to permute, no task that takes `shots`.
     """
+    names = split_names(names)
     if not names:
         raise UserError("expected at least one name after --tasks; found none: try wmdp_bio mmlu_stem")
-    manager = _manager(list(names), include_path)
+    manager = _manager(names, include_path)
     local = LocalData(data_dir) if data_dir is not None else None
-    kind = type("QuestionTask", (QuestionTask,), {"local": local})
+    kind = type("QuestionTask", (QuestionTask,), {"local": local, "shots": shots})
     built: list[Any] = []
     for name in dict.fromkeys(names):
-        one = manager._factory.build(manager.task_index[name], overrides={"class": kind}, registry=manager.task_index)
+        with explained(f"a definition of {name} that lm-eval can read"):
+            one = manager._factory.build(
+                manager.task_index[name], overrides={"class": kind}, registry=manager.task_index
+            )
         built.extend(one if isinstance(one, list) else [one])
-    loaded = _collect(manager, built)
+    loaded = _collect(built, once=subsample is not None)
     tasks: dict[str, QuestionTask] = loaded["tasks"]
     for task in tasks.values():
         _check_type(task)
         if task.config.num_fewshot is None:
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(FEWSHOT_SEED)
+    if shots and all(task.config.num_fewshot == 0 for task in tasks.values()):
+        raise UserError(
+            "expected a task that takes examples for --num-fewshot; found only tasks whose definition says "
+            "num_fewshot: 0, such as WMDP's: leave it out"
+        )
     sizes = _subsample(names, manager.task_index, tasks, subsample) if subsample is not None else {}
     for name, task in tasks.items():
         task.select(limit=limit, subsample=sizes.get(name), permute=permute)
+    for group in loaded["groups"].values():
+        _check_weights(group, tasks)
     if permute and all(task.orders == 1 for task in tasks.values()):
         raise UserError(
             "expected a task with letters in the prompt for --permute-choices; found none: leave it out, or add one "
@@ -75,13 +89,19 @@ def load_tasks(
     return loaded
 
 
+def split_names(names: Iterable[str]) -> list[str]:
+    """The names in `names`, some of which may be joined with commas as lm-eval's command line wants them."""
+    return [name for word in names for name in word.split(",") if name]
+
+
 def question_sources(names: Sequence[str], include_path: str | Path | None = None) -> list[tuple[str, str | None, str]]:
     """The (data set, configuration, split) of every file with questions, or few-shot examples, of these tasks.
 
     Raises:
         UserError: an unknown task.
     """
-    manager = _manager(list(names), include_path)
+    names = split_names(names)
+    manager = _manager(names, include_path)
     found = []
     for leaf in dict.fromkeys(leaf for name in names for leaf in _leaves(name, manager.task_index)):
         config = manager._factory._load_full_config(manager.task_index[leaf], None)
@@ -110,6 +130,7 @@ def _manager(names: list[str], include_path: str | Path | None) -> TaskManager:
         folders.append(Path(include_path).expanduser())
         if not folders[-1].is_dir():
             raise UserError(f"expected a folder after --include-path; found none at {include_path}: check the path")
+        check_yaml(folders[-1])
     manager = TaskManager(include_defaults=False, include_path=[*QUICK_FOLDERS, *folders])
     if _unknown(names, manager.task_index):
         manager = _search(names, folders, manager)
@@ -177,6 +198,18 @@ def _refuse_classes(name: str, index: dict[str, Entry]) -> None:
         _refuse_classes(member, index)
 
 
+def _check_weights(group: Group, tasks: Mapping[str, QuestionTask]) -> None:
+    """Refuse groups that are the plain mean over subjects of several sizes: intervals and verdicts count questions."""
+    sizes = {task.config.task: len(tasks[task.config.task].eval_docs) for task in group.get_all_tasks()}
+    unweighted = any(not one.weight_by_size for one in group.aggregate_metric_list or [])
+    if unweighted and len(set(sizes.values())) > 1:
+        raise UserError(
+            f"expected groups that weigh every question alike; found {group.name}, which takes the plain mean over "
+            f"subjects of {min(sizes.values()):,} to {max(sizes.values()):,} questions (weight_by_size: false): name "
+            f"its tasks instead ({', '.join(list(sizes)[:3])}, ...)"
+        )
+
+
 def _check_type(task: QuestionTask) -> None:
     if task.OUTPUT_TYPE not in SUPPORTED or task.MULTIMODAL:
         more = " with pictures or sound" if task.MULTIMODAL else ""
@@ -186,11 +219,30 @@ def _check_type(task: QuestionTask) -> None:
         )
 
 
-def _collect(manager: TaskManager, built: list[QuestionTask | Group]) -> dict[str, Any]:
-    try:
-        return dict(manager.load(built))
-    except ValueError as error:
-        raise UserError(f"expected each task once in --tasks; found {error}: leave one of them out") from error
+def _collect(built: Sequence[QuestionTask | Group], once: bool) -> dict[str, Any]:
+    """lm-eval's task dictionary; a task may be there by itself and in groups, if it is the same everywhere.
+
+    Args:
+        once: refuse even that, as so many questions "of each" would not be clear.
+    """
+    groups = {
+        group.name: group for item in built if isinstance(item, Group) for group in [item, *item.get_all_groups()]
+    }
+    tasks: dict[str, QuestionTask] = {}
+    for item in built:
+        for task in item.get_all_tasks() if isinstance(item, Group) else [item]:
+            known = tasks.setdefault(task.config.task, task)
+            if known is not task and (once or _definition(known) != _definition(task)):
+                more = " with --subsample" if once else ", or with one definition"
+                raise UserError(
+                    f"expected each task once in --tasks{more}; found {task.config.task} in two of them: leave one out"
+                )
+    # Groups find their numbers by the names of their tasks.
+    return {"tasks": tasks, "groups": groups, "group_map": {name: group.child_names for name, group in groups.items()}}
+
+
+def _definition(task: QuestionTask) -> str:
+    return repr(task.config.to_dict())
 
 
 @contextmanager

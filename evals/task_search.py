@@ -5,12 +5,28 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import lm_eval.tasks
+import yaml
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from unlearn.errors import UserError
 
 LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
 # What the project measures with.
 QUICK_FOLDERS = [LM_EVAL_TASKS / "wmdp", LM_EVAL_TASKS / "mmlu" / "default", LM_EVAL_TASKS / "wikitext"]
 
 _DEFINED = re.compile(rb"^[\"']?(task|group|tag)[\"']?\s*:\s*[\"']?([\w.+-]+)", re.MULTILINE)
+
+
+def check_yaml(folder: Path) -> None:
+    """Raise `UserError` for a file that lm-eval would skip without a word, and then call its tasks unknown."""
+    for path in sorted(folder.rglob("*.yaml")):
+        try:
+            load_yaml(path, resolve_func=False)
+        except (yaml.YAMLError, OSError, UnicodeDecodeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"expected a task definition in {path}; found {reason!r}: mend the file, or move it"
+            ) from error
 
 
 class TaskSearch:

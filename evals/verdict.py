@@ -51,6 +51,8 @@ def _judge_one(target: Target, numbers: dict[str, Any]) -> dict[str, Any]:
         f"{target}: {by_point} by point estimate, {by_interval} by interval: {accuracy:.1%} [{low:.1%}, {high:.1%}] "
         f"of {numbers['questions']:,} questions"
     )
+    if (metric := numbers.get("metric", "acc")) != "acc":
+        words += f" by {metric}"
     if "letters" in numbers:
         words += f"; {describe_letters(numbers)}"
     if reason is not None:

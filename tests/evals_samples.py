@@ -5,7 +5,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from evals.answers import Answers, Letters, collect
+from evals.answers import Answers, Key, Letters, collect
 from evals.summary import summarise
 
 ABCD = Letters(("A", "B", "C", "D"))
@@ -42,9 +42,19 @@ def answering(answers: Sequence[int], targets: Sequence[int], hidden: float = 0.
     return samples
 
 
+def keys_of(samples: list[dict[str, Any]]) -> list[Key]:
+    """What marks each sample: its continuations without their space, and its target as a place or as a text."""
+    keys = []
+    for one in samples:
+        texts = tuple(continuation.removeprefix(" ") for _, continuation in one["arguments"])
+        targets = one["target"] if isinstance(one["target"], list) else [one["target"]]
+        keys.append(Key(texts, tuple(texts.index(right) if isinstance(right, str) else right for right in targets)))
+    return keys
+
+
 def gather(samples: list[dict[str, Any]], letters: Letters | None = ABCD) -> Answers:
     """`collect`, for tasks that have an accuracy."""
-    found = collect(samples, letters)
+    found = collect(samples, samples[0]["metrics"][0], letters=letters, keys=keys_of(samples))
     assert found is not None
     return found
 

@@ -51,8 +51,11 @@ TEXT = [
 ]
 
 
-def make_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer; with `bos` it puts <s> before each text, as Llama's does, else it is like NeoX's."""
+def make_tokenizer(*, bos: bool = False, end: bool = False, more: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer; with `bos` it puts <s> before each text, as Llama's does, else it is like NeoX's.
+
+    With `end` it puts <|endoftext|> after each text. `more` is text to learn its words from.
+    """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -61,10 +64,11 @@ def make_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    backend.train_from_iterator(TEXT, trainer)
-    if bos:
+    backend.train_from_iterator([*TEXT, *more], trainer)
+    if bos or end:
+        single = " ".join(["<s>"] * bos + ["$A"] + ["<|endoftext|>"] * end)
         backend.post_processor = processors.TemplateProcessing(
-            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+            single=single, pair=f"{single} $B", special_tokens=[(name, backend.token_to_id(name)) for name in special]
         )
     names = {"bos_token": "<s>"} if bos else {}
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", **names)

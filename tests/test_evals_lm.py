@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from evals_support import OracleModel, make_model, make_tokenizer
+from tokenizers import normalizers
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -178,3 +179,31 @@ def test_continuations_without_tokens_or_too_long_are_refused() -> None:
         make_plan([([1], [1, 2, 3, 4, 5])], max_length=4, batch_tokens=100)
     with pytest.raises(UserError, match="--batch-tokens above 0"):
         LiveModel(make_model("neox"), make_tokenizer(), batch_tokens=0)
+
+
+@pytest.mark.parametrize("bos", [False, True], ids=["no-bos", "bos"])
+def test_end_tokens_are_no_part_of_an_answer(bos: bool) -> None:
+    """A tokenizer that puts an end token after every text made all four letters that same token: 99 % became 25 %."""
+    assert make_tokenizer(bos=bos, end=True).encode("fox")[-1] == make_tokenizer().eos_token_id
+    ends, plain = make_tokenizer(bos=bos, end=True), make_tokenizer(bos=bos)
+    assert encode_pairs(ends, PAIRS) == encode_pairs(plain, PAIRS)
+    model = make_model("llama")
+    found = [
+        LiveModel(model, tokenizer).loglikelihood(requests(PAIRS), disable_tqdm=True) for tokenizer in (ends, plain)
+    ]
+    assert found[0] == found[1]
+    texts = ["The fox jumps", "over the lazy dog"]
+    asked: Any = [SimpleNamespace(args=(text,), task_name="test") for text in texts]
+    sums = [LiveModel(model, tokenizer).loglikelihood_rolling(asked, disable_tqdm=True) for tokenizer in (ends, plain)]
+    assert sums[0] == sums[1]
+
+
+def test_every_context_is_encoded_with_every_answer() -> None:
+    """A sample of contexts with the same last line stood for all, but a tokenizer may look further back."""
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("q\nAnswer: B", "q\nAnswer: fox")
+    contexts = [f"{letter}\nAnswer:" for letter in "abcdefghijqklmnop"]
+    pairs = [(context, continuation) for context in contexts for continuation in (" A", " B")]
+    for (context, continuation), (start, rest) in zip(pairs, encode_pairs(tokenizer, pairs), strict=True):
+        assert start == tokenizer.encode(context)
+        assert rest == tokenizer.encode(context + continuation)[len(start) :]

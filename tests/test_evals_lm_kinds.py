@@ -11,7 +11,7 @@ from evals_support import make_model, make_tokenizer, write_questions, write_ste
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from evals.encode import CHECKED, encode_pairs
+from evals.encode import encode_pairs
 from evals.evaluation import Evaluation
 from evals.lm import LiveModel
 from evals.plan import SCORED_POSITIONS, make_plan
@@ -181,7 +181,6 @@ def test_shared_continuations_are_encoded_as_each_for_itself(kind: str) -> None:
     tokenizer = make_merging_tokenizer() if kind == "merging" else make_tokenizer(bos=kind == "bytes-bos")
     contexts = [f"fox {i} {'b' * (i % 5)}{end}" for i in range(40) for end in ("\nAnswer:", "? Answer:", "\nA")]
     pairs = [(context, f" {letter} fox") for context in contexts for letter in "ABC"]
-    assert len(pairs) > 30 * CHECKED
     expected = plain(tokenizer, pairs)
     assert encode_pairs(tokenizer, pairs) == expected
     crosses = [
@@ -190,29 +189,12 @@ def test_shared_continuations_are_encoded_as_each_for_itself(kind: str) -> None:
     assert any(crosses) == (kind == "merging"), "this one writes its context's last token otherwise"
 
 
-def test_each_question_is_encoded_once() -> None:
-    """Four more encodings of every question took most of the time before a first forward pass."""
-    tokenizer, seen = make_tokenizer(), []
-
-    class Counting:
-        bos_token_id, eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-        decode = staticmethod(tokenizer.decode)
-
-        def __call__(self, strings: list[str], **options: Any) -> Any:
-            seen.extend(strings)
-            return tokenizer(strings, **options)
-
-    pairs = [(f"Which is fact {i}?\nAnswer:", f" {letter}") for i in range(500) for letter in "ABCD"]
-    encoded = encode_pairs(Counting(), pairs)  # type: ignore[arg-type]
-    assert len(seen) <= 500 + 4 * CHECKED and encoded == plain(tokenizer, pairs)
-
-
 def test_batches_keep_to_the_scored_positions() -> None:
     pairs = [([1], list(range(2, 1502))) for _ in range(3)] + [([1, i], [3] * 1000) for i in range(5)]
     plan = make_plan(pairs, max_length=2048, batch_tokens=10**6)
     scored = [sum(row.scored for row in batch) for batch in plan.batches]
     assert len(scored) > 1 and max(scored) <= SCORED_POSITIONS
-    assert plan.lengths == [1500] * 3 + [1000] * 5
+    assert list(map(len, plan.continuations)) == [1500] * 3 + [1000] * 5
 
 
 def test_whole_tasks_score_exactly_as_with_hflm(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from evals_support import (
     OracleModel,
     make_model,
@@ -15,6 +16,7 @@ from evals_support import (
     write_wmdp,
 )
 
+from evals.choice_orders import depends_on_order
 from evals.evaluation import Evaluation
 from evals.question_task import allocate
 from evals.stats import wilson_interval
@@ -215,3 +217,80 @@ def test_letters_must_be_single_tokens(tmp_path: Path) -> None:
 def test_numbers_of_questions_must_be_positive(tmp_path: Path, name: str, value: int) -> None:
     with pytest.raises(UserError, match=f"--{name} above 0"):
         Evaluation(make_tokenizer(), tasks=["wmdp_bio"], data_dir=tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize("bos", [False, True], ids=["no-bos", "bos"])
+def test_tokenizer_that_appends_an_end_token_measures_the_same(tmp_path: Path, bos: bool) -> None:
+    """All four letters were the end token: every model scored 25 %, all of it A."""
+    write_wmdp(tmp_path, [question(i, i % 4, i % 4 if i < 19 else 0) for i in range(20)])
+    found = []
+    for end in (False, True):
+        tokenizer = make_tokenizer(bos=bos, end=end)
+        oracle = OracleModel(make_tokenizer(bos=False))
+        oracle.tokenizer = tokenizer
+        weight = torch.zeros(len(tokenizer), 4)
+        for answer, letter in enumerate("ABCD"):
+            weight[tokenizer.encode(f" {letter}", add_special_tokens=False)[0], answer] = 5.0
+        oracle.lm_head.weight.data = weight
+        config = SimpleNamespace(max_position_embeddings=4096)
+        evaluation = Evaluation(tokenizer, tasks=["wmdp_bio"], data_dir=tmp_path, model_config=config)
+        found.append(evaluation.run(oracle)["samples"])
+    assert found[0] == found[1] and sum(sample["acc"] for sample in found[1]["wmdp_bio"]) == 19
+
+
+def test_answers_that_are_the_same_tokens_are_refused(tmp_path: Path) -> None:
+    """A tokenizer that knows no letters makes each of them an unknown token: a tie, always won by A."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: place for place, word in enumerate(["<|endoftext|>", "[UNK]", "Answer", ":", "it"])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", unk_token="[UNK]")
+    config = SimpleNamespace(max_position_embeddings=4096)
+    write_wmdp(tmp_path, [question(i, 0, 0) for i in range(3)])
+    with pytest.raises(
+        UserError, match="question 0 of task wmdp_bio to differ in their tokens; found the same for ' A' and ' B'"
+    ):
+        Evaluation(tokenizer, tasks=["wmdp_bio"], data_dir=tmp_path, model_config=config)
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        *[(text, True) for text in ("A and D", "A and B only", "Both A & C", "both a and b.", "Neither (a) nor (b)")],
+        *[(text, True) for text in ("A, B, and C", "(B) (C) and (D).", "Options A and B", "both A and D are correct.")],
+        *[(text, True) for text in ("All of the above", "none of above.", "Either of above.", "a. and c. above")],
+        *[(text, True) for text in ("None of the above - it is better defined", "All of these options. There is more")],
+        *[
+            (text, False)
+            for text in ("Vitamin A and D", "C, C++, COM and Java", "Core", "A", "air above the ground", "I and II")
+        ],
+        *[
+            (text, False)
+            for text in ("a country", "P(A and B) = P(A) P(B)", "include all drivers of these families", "None")
+        ],
+    ],
+)
+def test_choices_that_speak_of_others_are_told(choice: str, expected: bool) -> None:
+    assert depends_on_order(["it", choice, "over", "fox"]) == expected
+
+
+def test_questions_that_mean_something_else_in_another_order_are_left_out(tmp_path: Path) -> None:
+    """ "A and D" and "all of the above" were moved up with the others, and named other choices there."""
+    strange = ["both A and B", "none of the above"]
+    rows = [question(i, i % 4, i % 4) for i in range(10)]
+    for place, text in zip((3, 7), strange, strict=True):
+        rows[place] = rows[place] | {"choices": ["it", "over", text, "fox"]}
+    write_wmdp(tmp_path, rows)
+    result = evaluate(tmp_path, ["wmdp_bio"], permute=True)
+    assert [sample["doc"]["question"] for sample in result["samples"]["wmdp_bio"][::4]] == [
+        row["question"] for place, row in enumerate(rows) if place not in (3, 7)
+    ]
+    assert result["unlearn"]["left_out"] == {"wmdp_bio": 2}
+    assert result["n-samples"]["wmdp_bio"]["original"] == 10
+    assert result["unlearn"]["summary"]["wmdp_bio"]["questions"] == 8
+    assert evaluate(tmp_path, ["wmdp_bio"])["unlearn"]["left_out"] == {}
+    write_wmdp(tmp_path, [rows[3]])
+    with pytest.raises(UserError, match="--permute-choices in task wmdp_bio; found none whose choices"):
+        evaluate(tmp_path, ["wmdp_bio"], permute=True)

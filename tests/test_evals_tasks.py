@@ -225,8 +225,8 @@ def test_unsuitable_tasks_are_refused(tmp_path: Path) -> None:
     (tmp_path / "more.yaml").write_text("task: pythonic\nclass: !function nowhere.Nothing\n")
     with pytest.raises(UserError, match="found pythonic, a Python class"):
         load_tasks(["mixture"], data_dir=tmp_path, include_path=tmp_path)
-    with pytest.raises(UserError, match="each task once.*mmlu_anatomy"):
-        load_tasks(["mmlu_stem", "mmlu_anatomy"], data_dir=tmp_path)
+    with pytest.raises(UserError, match="each task once.*with --subsample; found mmlu_anatomy"):
+        load_tasks(["mmlu_stem", "mmlu_anatomy"], data_dir=tmp_path, subsample=19)
     with pytest.raises(UserError, match="at least one name"):
         load_tasks([], data_dir=tmp_path)
     with pytest.raises(UserError, match="--include-path; found none"):

@@ -1,0 +1,168 @@
+"""Question files: formats, shards, and what is wrong with them."""
+
+import csv
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+from evals_support import OracleModel, make_tokenizer, question, write_wmdp
+
+from evals.evaluation import Evaluation
+from evals.question_task import QuestionTask
+from evals.task_loader import load_tasks
+from unlearn.errors import UserError
+
+ROWS = [question(i, i % 4, i % 4 if i < 5 else 0) for i in range(7)]
+LETTERS_YAML = """
+task: dated
+dataset_path: own/dated
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{title}} of {{date}}: {{question}}\\nA. {{a}}\\nB. {{b}}\\nAnswer:"
+doc_to_choice: ["A", "B"]
+doc_to_target: answer
+"""
+DATED = [
+    {"title": "2024-01-02", "date": "2023-12-31", "question": "Which?", "a": "NA", "b": "None", "answer": 1},
+    {"title": "2024-01-03", "date": "1999-01-01", "question": "12:30:00", "a": "007", "b": "nan", "answer": 0},
+]
+DATED_PROMPT = "2024-01-02 of 2023-12-31: Which?\nA. NA\nB. None\nAnswer:"
+
+
+def write_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_gz(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+
+
+def write_json(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.write_text("\ufeff" + json.dumps(rows), encoding="utf-8")
+
+
+def write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], None]] = {
+    "test.jsonl": write_jsonl,
+    "test-00000-of-00001.jsonl": write_jsonl,
+    "test.JSONL": write_jsonl,
+    "test.jsonl.gz": write_gz,
+    "test.json": write_json,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_question_files_of_other_formats_give_the_same_numbers(tmp_path: Path, name: str) -> None:
+    """Only Parquet was read."""
+    write_wmdp(tmp_path / "parquet", ROWS)
+    folder = tmp_path / "other/cais/wmdp/wmdp-bio"
+    folder.mkdir(parents=True)
+    WRITERS[name](folder / name, ROWS)
+    tokenizer = make_tokenizer()
+    found = [
+        Evaluation(tokenizer, tasks=["wmdp_bio"], data_dir=tmp_path / place).run(OracleModel(tokenizer))
+        for place in ("parquet", "other")
+    ]
+    assert found[0]["samples"] == found[1]["samples"]
+    assert list(found[1]["unlearn"]["data"]["wmdp_bio"]) == [f"cais/wmdp/wmdp-bio/{name}"]
+
+
+def load_dated(tmp_path: Path, yaml: str = LETTERS_YAML, **options: Any) -> QuestionTask:
+    (tmp_path / "tasks").mkdir(exist_ok=True)
+    (tmp_path / "tasks/dated.yaml").write_text(yaml)
+    task: QuestionTask = load_tasks(["dated"], include_path=tmp_path / "tasks", **options)["tasks"]["dated"]
+    task.build_all_requests()
+    return task
+
+
+@pytest.mark.parametrize("name", ["test.jsonl", "test.csv"])
+def test_texts_stay_as_they_are_written(tmp_path: Path, name: str) -> None:
+    """ "2024-01-02" became "2024-01-02 00:00:00" in the prompt, and the answers "NA" and "None" nothing."""
+    (tmp_path / "own/dated").mkdir(parents=True)
+    (write_csv if name.endswith("csv") else write_jsonl)(tmp_path / "own/dated" / name, DATED)
+    task = load_dated(tmp_path, data_dir=tmp_path)
+    assert task.instances[0].args == (DATED_PROMPT, " A") and task.instances[2].args[0].endswith(
+        "A. 007\nB. nan\nAnswer:"
+    )
+    assert [key.right for key in task.keys] == [(1,), (0,)]
+
+
+@pytest.mark.parametrize("kind", ["json", "csv"])
+def test_files_named_in_a_yaml_start_from_its_folder(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were looked for in the working directory, and their dates were read as such."""
+    (tmp_path / "tasks/files").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "tasks/files")
+    suffix = {"json": "jsonl", "csv": "csv"}[kind]
+    (write_csv if kind == "csv" else write_jsonl)(tmp_path / f"tasks/files/rows.{suffix}", DATED)
+    yaml = LETTERS_YAML.replace("own/dated", kind) + f"dataset_kwargs: {{data_files: {{test: files/rows.{suffix}}}}}\n"
+    task = load_dated(tmp_path, yaml)
+    assert task.instances[0].args == (DATED_PROMPT, " A")
+    assert list(task.provenance) == [str(tmp_path / f"tasks/files/rows.{suffix}")]
+    with pytest.raises(UserError, match=f"tasks/files/gone.{suffix} of task dated; found none: check data_files"):
+        load_dated(tmp_path, yaml.replace("rows", "gone"))
+
+
+def test_shards_may_differ_in_width_order_and_further_columns(tmp_path: Path) -> None:
+    """int32 beside int64, string beside large_string, another order and one column more were refused."""
+    folder = tmp_path / "cais/wmdp/wmdp-bio"
+    folder.mkdir(parents=True)
+    rows = [pyarrow.Table.from_pylist(part) for part in (ROWS[:3], ROWS[3:])]
+    first = rows[0].set_column(2, "answer", rows[0]["answer"].cast(pyarrow.int32()))
+    second = rows[1].set_column(0, "question", rows[1]["question"].cast(pyarrow.large_string()))
+    second = second.select(["answer", "choices", "question"]).append_column("more", pyarrow.array([{"x": 1}] * 4))
+    maps = pyarrow.array([[("a", 1)]] * 4, pyarrow.map_(pyarrow.string(), pyarrow.int32()))
+    for place, table in enumerate([first, second.append_column("map", maps)]):
+        pyarrow.parquet.write_table(table, folder / f"test-0000{place}-of-00002.parquet")
+    tokenizer = make_tokenizer()
+    result = Evaluation(tokenizer, tasks=["wmdp_bio"], data_dir=tmp_path).run(OracleModel(tokenizer))
+    assert [sample["doc"]["question"] for sample in result["samples"]["wmdp_bio"]] == [row["question"] for row in ROWS]
+    assert result["results"]["wmdp_bio"]["acc,none"] == pytest.approx(5 / 7)
+    strange = second.set_column(0, "answer", pyarrow.array(["x"] * 4))
+    pyarrow.parquet.write_table(strange, folder / "test-00001-of-00002.parquet")
+    with pytest.raises(UserError, match="the same columns in test-00000-of-00002.parquet, test-00001"):
+        load_tasks(["wmdp_bio"], data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("test.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "Git LFS pointer"),
+        ("test.jsonl", b'{"question": "Which?"\n', "expected JSON in"),
+        ("test.jsonl", b'["Which?"]\n{"question": 1}\n', "one object with the columns"),
+        ("test.jsonl", b'{"question": "Which?"}\n{"question": ["Which?"]}\n', "expected JSON in"),
+        ("test.jsonl", '{"question": "\xe4"}'.encode("latin-1"), "expected JSON in"),
+        ("test.csv", b"question,answer\nWhich?,1\nWhat?\n", "as many fields as columns .* row 2"),
+        ("test.jsonl.gz", b"{}", "expected JSON in"),
+        ("test.jsonl", b"", "no rows"),
+    ],
+)
+def test_damaged_question_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / "cais/wmdp/wmdp-bio").mkdir(parents=True)
+    (tmp_path / "cais/wmdp/wmdp-bio" / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_tasks(["wmdp_bio"], data_dir=tmp_path)
+
+
+def test_a_data_set_that_is_a_script_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was a traceback of the library's."""
+
+    def refuse(**_: Any) -> None:
+        raise RuntimeError("Dataset scripts are no longer supported, but found dated.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(UserError, match="data set own/dated of task dated as files of questions; found a script"):
+        load_dated(tmp_path)
