@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from evals.tamper_config import UNLEARNED, Attack, Subject, TamperConfig
 from unlearn.config import parse_flags
 from unlearn.errors import UserError, run_command
+from unlearn.signals import EarlyStop
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -35,6 +36,12 @@ if TYPE_CHECKING:
 
 def main() -> None:
     config = parse_flags(TamperConfig)
+    with EarlyStop(config.output):
+        run(config)
+
+
+def run(config: TamperConfig) -> None:
+    """The whole grid, or what an earlier attempt left of it."""
     from unlearn.distributed import is_main, process_group  # torch is imported after the flags were found to be right
 
     with process_group() as device:

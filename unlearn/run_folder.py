@@ -14,8 +14,8 @@ from typing import Any, Literal
 from unlearn.distributed import barrier, fail_together, from_main, is_main, world_size
 from unlearn.errors import UserError
 from unlearn.files import write_json, writing
+from unlearn.signals import MARKER
 
-MARKER = "PREEMPTED"  # left by a run that was told to stop, for launch/slurm.sh
 RESUMABLE = frozenset(("config.json", "run.json", "metrics.jsonl", "checkpoints", MARKER))
 RUN = RESUMABLE | {"model", "adapter", "evals", "lens.json", "report.html"}
 ATTACK = RESUMABLE | {"attack.json", "attack.png", "attacks", "model"}
