@@ -44,7 +44,7 @@ def run(config: TamperConfig) -> None:
     """The whole grid, or what an earlier attempt left of it."""
     from unlearn.distributed import is_main, process_group  # torch is imported after the flags were found to be right
 
-    with process_group() as device:
+    with process_group(config.device) as device:
         from unlearn.attempt import attempt
         from unlearn.run_folder import ATTACK
 

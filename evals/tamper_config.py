@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import tyro
 
-from unlearn.config import ResumeFlags
+from unlearn.config import DeviceFlags, ResumeFlags
 from unlearn.errors import UserError
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -57,7 +57,7 @@ class Attack:
 
 
 @dataclass(frozen=True)
-class TamperConfig(ResumeFlags):
+class TamperConfig(ResumeFlags, DeviceFlags):
     """Attack an unlearned model by fine-tuning it, and watch the knowledge return. Flags that take several values
     make a grid: every combination of them is one attack, on the model and on each control."""
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from unlearn.checkpoint import Checkpoints
 from unlearn.command_line import typed_command
 from unlearn.config import ResumeFlags
+from unlearn.device import describe
 from unlearn.distributed import is_main
 from unlearn.metrics import MetricsLog
 from unlearn.preflight import check_disk, check_ranks, checkpoint_bytes, code_hash, versions
@@ -110,7 +111,8 @@ def attempt(
     """
     folder = check_output(output, config.overwrite, own, inputs, resumes=config.resumes)
     flags, facts = dataclasses.asdict(config), {"code": code_hash(), "versions": versions()}
-    check_ranks(facts | {"flags": flags}, device)
+    check_ranks(facts | {"flags": flags, "device": device.type}, device)
+    facts["device"] = describe(device)
     earlier = earlier_run(folder, flags, resumes=config.resumes)
     if earlier == "finished":
         finish_run(folder)  # which that attempt may not have come to the end of

@@ -56,6 +56,15 @@ class CorpusFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeviceFlags:
+    """What a command computes on."""
+
+    device: Literal["cuda", "cpu"] | None = None
+    """cpu: compute on the CPU though there may be GPUs; cuda: on GPUs or not at all. Default: on a GPU for each rank;
+    on the CPU where the machine has no GPU, while one that torch cannot use is an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResumeFlags:
     """How a run is saved, and goes on after it was stopped or killed."""
 
@@ -88,7 +97,7 @@ class ResumeFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(CorpusFlags, ResumeFlags):
+class TrainConfig(CorpusFlags, ResumeFlags, DeviceFlags):
     """Unlearn a model: push what a frozen tuned lens reads off the target layers towards uniform on forget text, and
     hold the model to its original on retain text."""
 

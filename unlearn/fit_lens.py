@@ -105,7 +105,7 @@ def fit_lens(config: FitLensConfig) -> None:
         UserError: see `check_output`, `read_corpus` and `load_model`.
     """
     inputs = (config.model, config.forget, config.retain)
-    with process_group() as device:
+    with process_group(config.device) as device:
         output = Path(config.output).expanduser()
         known = (output / "fitting/config.json").exists() or not (output / "config.json").exists()
         output = check_output(config.output, config.overwrite, LENS, inputs, resumes=config.resumes and known)

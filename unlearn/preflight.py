@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from unlearn.device import driver_version
 from unlearn.distributed import all_sum, fail_together, gather, is_main, world_size
 from unlearn.errors import UserError
 from unlearn.files import add_parts
@@ -29,7 +30,7 @@ def versions() -> dict[str, str]:
     found |= {package: importlib.metadata.version(package) for package in PACKAGES}
     if torch.cuda.is_available():
         found |= {"cuda": str(torch.version.cuda), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
-        found["gpu"] = torch.cuda.get_device_name()
+        found |= {"gpu": torch.cuda.get_device_name(), "driver": driver_version() or "unknown"}
     return found
 
 

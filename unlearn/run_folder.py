@@ -26,7 +26,7 @@ LENS = frozenset(("params.safetensors", "params.pt", "config.json", "fit.json", 
 # Flags that may differ between the attempts of one run: they change where things lie and how they are computed, and the
 # result by no more than rounding.
 FREE = frozenset(
-    "output overwrite resume save_every keep step_timeout data_dir include_path micro_batch micro_tokens shard "
+    "output overwrite resume device save_every keep step_timeout data_dir include_path micro_batch micro_tokens shard "
     "shard_size offload_reference checkpoint_activations compile_blocks".split()
 )
 
@@ -204,7 +204,9 @@ def _same_run(folder: Path, identity: Mapping[str, str], overwrite: bool) -> dic
 
 def _tell_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Warn of the code, the versions and the number of ranks in which an attempt differs from the one before it."""
-    old, new = ({"code": a["code"][:12], "ranks": a["ranks"]} | a["versions"] for a in (before, now))
+    old, new = (
+        {"code": a["code"][:12], "device": a.get("device"), "ranks": a["ranks"]} | a["versions"] for a in (before, now)
+    )
     odd = [f"{key} {old.get(key)}, not {new.get(key)}" for key in new | old if old.get(key) != new.get(key)]
     if odd:
         print(

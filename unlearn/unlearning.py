@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unlearn.building import lens_objective, master_dtype, original_model, trained_model
 from unlearn.config import TrainConfig
 from unlearn.data import Batches, Corpus, check_examples, read_corpus
-from unlearn.distributed import fail_together, is_main, local_device, world_size
+from unlearn.distributed import fail_together, is_main, world_size
 from unlearn.files import files_hash
 from unlearn.lens import TunedLens
 from unlearn.lens_readings import Stage, read_prompts, write_stage
@@ -205,7 +205,7 @@ def read_lens(run: Unlearning, folder: Path, stage: Stage) -> None:
     config, training = run.config, run.model.training
     if not config.prompts:
         return
-    lens = _lens(config, local_device(), None)
+    lens = _lens(config, next(run.model.parameters()).device, None)
     run.model.eval()
     prompts = read_prompts(run.model, lens, run.tokenizer, config.prompts, stage, run.autocast)
     run.model.train(training)

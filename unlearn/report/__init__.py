@@ -44,7 +44,7 @@ def _run_page(folder: Path, config: ReportConfig) -> str:
     if config.prompts:
         from unlearn.lens_readings import write_readings  # imports torch
 
-        write_readings(folder, record.config, config.prompts)
+        write_readings(folder, record.config, config.prompts, config.device)
         record = read_record(folder, config.evals, config.attacks)
     if not record.measured:
         print(
