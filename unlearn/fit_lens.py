@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from unlearn.attempt import Attempt, attempt
+from unlearn.attempt import Attempt, at_work, attempt
 from unlearn.data import Batches, Corpus, Rows, check_examples, read_corpus
 from unlearn.distributed import all_sum, fail_together, is_main, process_group
 from unlearn.errors import UserError
@@ -110,7 +110,7 @@ def fit_lens(config: FitLensConfig) -> None:
         known = (output / "fitting/config.json").exists() or not (output / "config.json").exists()
         output = check_output(config.output, config.overwrite, LENS, inputs, resumes=config.resumes and known)
         place = str(output / "fitting")
-        with attempt(config, place, FITTING, inputs, device, marker=output / MARKER) as this:
+        with at_work(output), attempt(config, place, FITTING, inputs, device, marker=output / MARKER) as this:
             corpora, identity = _read(config)
             finished = this.stands(identity)
             if not finished:
