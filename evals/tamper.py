@@ -129,6 +129,7 @@ def _models(config: TamperConfig, tokenizer: "PreTrainedTokenizerBase") -> dict[
     """
     from unlearn.files import files_hash
     from unlearn.model import load_config, load_tokenizer
+    from unlearn.preflight import settings_hashes
     from unlearn.weights import Checkpoint
 
     found = {}
@@ -136,7 +137,7 @@ def _models(config: TamperConfig, tokenizer: "PreTrainedTokenizerBase") -> dict[
         try:
             load_config(subject.model, revision=subject.revision)
             same = load_tokenizer(subject.model, revision=subject.revision).get_vocab() == tokenizer.get_vocab()
-            files = Checkpoint.open(subject.model, revision=subject.revision).paths()
+            checkpoint = Checkpoint.open(subject.model, revision=subject.revision)
         except UserError as error:
             raise error if subject.model == config.model else UserError(f"--control {subject.name}: {error}") from None
         if not same:
@@ -144,7 +145,9 @@ def _models(config: TamperConfig, tokenizer: "PreTrainedTokenizerBase") -> dict[
                 f"expected --control {subject.name} with the tokenizer of --model; found another in {subject.model}: "
                 "tokens would not count the same, choose another control"
             )
-        found["model" if subject.name == UNLEARNED else f"control {subject.name}"] = files_hash(files)
+        name = "model" if subject.name == UNLEARNED else f"control {subject.name}"
+        found[name] = files_hash(checkpoint.paths())
+        found |= {f"{name}'s {what}": digest for what, digest in settings_hashes(checkpoint.folder).items()}
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import tyro
 
-from unlearn.config import DeviceFlags, ResumeFlags
+from unlearn.config import DeviceFlags, ResumeFlags, check_once
 from unlearn.errors import UserError
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -282,6 +282,7 @@ def _check_roles(config: TamperConfig) -> None:
         strange = next((task for task in getattr(config, name) if task not in config.eval_tasks), None)
         if strange is not None:
             raise UserError(f"expected {_flag(name)} among --eval-tasks; found {strange!r}: add it there")
+    check_once("--eval-tasks", config.eval_tasks)
     hazard, general = config.roles()
     both = next((task for task in hazard if task in general), None)
     if both is not None:

@@ -19,6 +19,8 @@ from unlearn.errors import UserError
 FORGET = "Unlearning/WMDP-Bio-Remove-Dataset"
 RETAIN = "EleutherAI/wikitext_document_level:wikitext-103-raw-v1"
 
+DEEPEST = 1000  # blocks: nobody's model is near it, and building one takes for ever
+
 # Published values (docs: "The method, exactly"): LoRA r16 with AdamW, and full training with Muon.
 _LORA = {"retain_loss": "l2", "remove_coef": 5.0, "retain_coef": 5.0, "adam_lr": 1e-3, "examples": 8192}
 _FULL = {"retain_loss": "kl", "remove_coef": 2.0, "retain_coef": 1.0, "adam_lr": 3e-4, "examples": 1024}
@@ -268,6 +270,7 @@ class TrainConfig(CorpusFlags, ResumeFlags, DeviceFlags):
             for name in names:
                 if condition and getattr(self, name) != _default(name):
                     raise UserError(f"--{name.replace('_', '-')} has no effect {reason}: leave it out")
+        check_once("--eval-tasks", self.eval_tasks)
         if self.limit is not None and self.eval_subsample is not None:
             raise UserError("--limit has no effect beside --eval-subsample: give one of them")
         self.check_text()
@@ -278,6 +281,8 @@ class TrainConfig(CorpusFlags, ResumeFlags, DeviceFlags):
 
     def check_depth(self, depth: int) -> None:
         """Raise unless every target layer exists in a model of `depth` blocks."""
+        if depth > DEEPEST:
+            raise UserError(f"expected a model of at most {DEEPEST:,} blocks; found {depth:,}: check its config.json")
         highest = depth - 1 if self.lens_tap == "output" else depth
         for layer in self.layers:
             if not 0 <= layer <= highest:
@@ -286,6 +291,13 @@ class TrainConfig(CorpusFlags, ResumeFlags, DeviceFlags):
                 )
         if set(self.layers) == {depth} and self.lens not in (None, self._default_lens):
             raise UserError(f"--lens has no effect with --layers {depth}, the final stream: leave it out")
+
+
+def check_once(flag: str, names: Sequence[str]) -> None:
+    """Raise if a name is given twice."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"expected every name after {flag} once; found {twice!r} twice: leave one out")
 
 
 Flags = TypeVar("Flags")

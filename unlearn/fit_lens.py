@@ -29,6 +29,7 @@ from unlearn.metrics import MetricsLog
 from unlearn.model import load_model, load_tokenizer, residual_streams
 from unlearn.optim.build import BETAS, EPS, linear_schedule
 from unlearn.precision import DTYPES
+from unlearn.preflight import check_apart, settings_hashes
 from unlearn.run_folder import FITTING, LENS, MARKER, check_output
 from unlearn.trainer import train
 from unlearn.weights import Checkpoint
@@ -129,8 +130,10 @@ def _read(config: FitLensConfig) -> tuple[list[Corpus], dict[str, str]]:
             ("retain", config.retain, config.retain_column, config.retain_template),
         )
     }
+    check_apart(corpora)
     identity = {f"{which} corpus": corpus.sha256() for which, corpus in corpora.items()}
-    identity["model"] = files_hash(Checkpoint.open(config.model, revision=config.revision).paths())
+    checkpoint = Checkpoint.open(config.model, revision=config.revision)
+    identity |= {"model": files_hash(checkpoint.paths())} | settings_hashes(checkpoint.folder)
     return list(corpora.values()), identity
 
 

@@ -261,6 +261,16 @@ def peak_gib(config: TrainConfig, shape: Shape, layout: Layout) -> float:
     return sum(terms(config, shape, layout).values()) / GIB
 
 
+def check_rank(lora_rank: int, shape: Shape) -> None:
+    """Raise if adapters have a higher rank than any matrix that they adapt: more of it changes nothing but the cost."""
+    highest = max((min(pair) for pair in shape.targets), default=0)
+    if lora_rank > highest > 0:
+        raise UserError(
+            f"expected --lora-rank of at most {highest}, the full rank of the largest adapted matrix; found "
+            f"{lora_rank}: lower it, or train in full without it"
+        )
+
+
 def check_fits(config: TrainConfig, shape: Shape, layout: Layout, limit_gib: float) -> None:
     """Raise unless the planned peak is within `limit_gib`, naming the largest term and what would help."""
     found = terms(config, shape, layout)

@@ -14,11 +14,11 @@ from unlearn.building import lens_objective, master_dtype, original_model, train
 from unlearn.config import TrainConfig
 from unlearn.data import Batches, Corpus, check_examples, read_corpus
 from unlearn.distributed import fail_together, is_main, world_size
-from unlearn.files import files_hash
+from unlearn.files import absolute_model, files_hash
 from unlearn.lens import TunedLens
 from unlearn.lens_readings import Stage, read_prompts, write_stage
 from unlearn.lora import adapters, initial_adapters, merge_lora, save_adapter
-from unlearn.memory import Layout, Shape, available_gib, check_fits
+from unlearn.memory import Layout, Shape, available_gib, check_fits, check_rank
 from unlearn.model import (
     cast_parameters,
     empty_model,
@@ -30,7 +30,7 @@ from unlearn.model import (
 from unlearn.objectives.lens import LensObjective
 from unlearn.optim.build import assignment, build_optimizers
 from unlearn.precision import DTYPES
-from unlearn.preflight import tensors_hash
+from unlearn.preflight import check_apart, settings_hashes, tensors_hash
 from unlearn.sharding import is_sharded, shard_mesh
 from unlearn.weights import Checkpoint, fill, shared_folder
 
@@ -73,11 +73,13 @@ def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
     _check_memory(config, device)
     tokenizer = load_tokenizer(config.model, revision=config.revision)
     batches = _batches(config, tokenizer)
+    check_apart({name: of_name.corpus for name, of_name in batches.items()})
     lens = _lens(config, device, config.layers if "forget" in batches else ())
     with fail_together():
         checkpoint = Checkpoint.open(config.model, revision=config.revision)
     identity = {
         "model": files_hash(checkpoint.paths()),
+        **settings_hashes(checkpoint.folder),
         "lens": tensors_hash(dict(lens.translators.named_parameters())),
     }
     identity |= {f"{name} corpus": of_name.corpus.sha256() for name, of_name in batches.items()}
@@ -115,7 +117,9 @@ def _check_memory(config: TrainConfig, device: torch.device) -> None:
     """Refuse a run that cannot fit, before anything is read but the model's configuration."""
     model = empty_model(config.model, revision=config.revision)
     layout = Layout.of(config, world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", world_size())))
-    check_fits(config, Shape.of(model, config.lora_targets), layout, available_gib(device))
+    shape = Shape.of(model, config.lora_targets)
+    check_rank(config.lora_rank, shape)
+    check_fits(config, shape, layout, available_gib(device))
 
 
 def _batches(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Batches]:
@@ -220,7 +224,7 @@ def finish(run: Unlearning, folder: Path) -> None:
     and --prompts are read in it."""
     if run.config.lora_rank > 0:
         with shared_folder(folder / "adapter", replace=True) as temporary:
-            save_adapter(run.model, temporary, run.config.model)
+            save_adapter(run.model, temporary, absolute_model(run.config.model))
         merge_lora(run.model)
     dtype = DTYPES[run.config.dtype]
     if not is_sharded(run.model):  # a sharded model computes with its weights rounded as they are exported
