@@ -45,12 +45,14 @@ def run(config: TamperConfig) -> None:
     from unlearn.distributed import is_main, process_group  # torch is imported after the flags were found to be right
 
     with process_group(config.device) as device:
+        from evals.attack_memory import check_attacks_fit
         from unlearn.attempt import attempt
         from unlearn.run_folder import ATTACK
 
         inputs = (config.corpus, config.benign_corpus, *(subject.model for subject in config.subjects()))
         with attempt(config, config.output, ATTACK, inputs, device) as this:
             grid = prepare(config)
+            check_attacks_fit(config, grid.batches, device)
             if not this.stands(grid.identity):
                 tamper(grid, this)
             elif is_main():

@@ -106,8 +106,8 @@ def terms(config: TrainConfig, shape: Shape, layout: Layout) -> dict[str, float]
     if not _is_sharded(config, layout) and config.lora_rank == 0 and compute != 4:
         result["weights as autocast rounds them"] = shape.parameters * compute
     result["activations"] = _activations(config, shape) * compute
-    one_block, vocabulary = _one_block(config, shape, layout), _vocabulary(config, shape)
-    return result | max(one_block, vocabulary, key=lambda moment: sum(moment.values()))
+    block, vocabulary = one_block(config, shape, layout), _vocabulary(config, shape)
+    return result | max(block, vocabulary, key=lambda moment: sum(moment.values()))
 
 
 def _is_sharded(config: TrainConfig, layout: Layout) -> bool:
@@ -144,7 +144,7 @@ def _activations(config: TrainConfig, shape: Shape) -> float:
     return float(stream * (max(forget, retain) + 3))
 
 
-def _one_block(config: TrainConfig, shape: Shape, layout: Layout) -> dict[str, float]:
+def one_block(config: TrainConfig, shape: Shape, layout: Layout) -> dict[str, float]:
     """Bytes of one block's backward pass: its recomputation, and the weights that FSDP2 has gathered for it."""
     compute = DTYPE_BYTES[config.dtype]
     kept = RECOMPUTED[config.lora_rank > 0] if config.checkpoint_activations else 8
