@@ -66,7 +66,7 @@ class Grid:
     Attributes:
         batches: of each attack. identity: digests of what was read.
         reference: the original model's accuracies, where --reference names them.
-        warnings: sentences about questions that stand in what the attacks train on.
+        warnings: sentences about questions that stand in what the attacks train on, and about text that is not new.
     """
 
     config: TamperConfig
@@ -119,7 +119,7 @@ def prepare(config: TamperConfig) -> Grid:
     flags = {attack: AttackFlags.of(config, config.subjects()[0], attack) for attack in config.attacks()}
     batches = {attack: attack_batches(of_attack, corpora) for attack, of_attack in flags.items()}
     check_examples_differ(batches)
-    warnings = _overlaps(batches, evaluation, tokenizer)
+    warnings = _overlaps(config, batches, evaluation, tokenizer)
     return Grid(config, tokenizer, evaluation, batches, identity, reference, warnings)
 
 
@@ -177,23 +177,26 @@ def _reference(config: TamperConfig, evaluation: "Evaluation") -> dict[str, dict
 
 
 def _overlaps(
+    config: TamperConfig,
     batches: Mapping[Attack, "Batches"],
     evaluation: "Evaluation",
     tokenizer: "PreTrainedTokenizerBase",
 ) -> list[str]:
-    """Sentences about questions that stand in what the attacks train on; printed."""
+    """Sentences about questions that stand in what the attacks train on, and about text that the model's run has read;
+    printed."""
     from evals.overlap import overlap_warnings, question_texts
+    from evals.seen import seen_warnings
     from unlearn.data import Corpus
     from unlearn.distributed import fail_together, is_main
 
-    warnings: list[str] = []
+    drawn: dict[str, Corpus] = {}
+    for attack, found in sorted(batches.items(), key=lambda pair: pair[1].unique):
+        windows = [found.corpus.windows[index] for index in sorted(set(found.order))]
+        drawn[attack.data] = Corpus(attack.data, 0, windows)  # the most that any attack draws
+    warnings = seen_warnings(config.model, drawn, tokenizer, config.seq_len)
     with fail_together():
         if is_main():
-            drawn: dict[str, Corpus] = {}
-            for attack, found in sorted(batches.items(), key=lambda pair: pair[1].unique):
-                windows = [found.corpus.windows[index] for index in sorted(set(found.order))]
-                drawn[attack.data] = Corpus(attack.data, 0, windows)  # the most that any attack draws
-            warnings = overlap_warnings(question_texts(evaluation.tasks), drawn, tokenizer)
+            warnings += overlap_warnings(question_texts(evaluation.tasks), drawn, tokenizer)
             for warning in warnings:
                 print(f"warning: {warning}", flush=True)
     return warnings
