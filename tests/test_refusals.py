@@ -19,6 +19,7 @@ from unlearn.config import TrainConfig
 from unlearn.data import Batches, Corpus
 from unlearn.errors import UserError
 from unlearn.files import size
+from unlearn.model import load_config
 from unlearn.plan_config import PlanConfig
 from unlearn.preflight import check_apart, check_disk
 from unlearn.unlearning import read_inputs
@@ -142,9 +143,12 @@ def test_more_steps_of_an_attack_than_can_be() -> None:
         Batches(corpus, examples=1, total=10**12, batch=1, seed=0, tag="attack")
 
 
-def test_a_model_deeper_than_any() -> None:
+def test_a_model_deeper_than_any(home: Path, tmp_path: Path) -> None:
+    """Building it took for ever."""
+    config = json.loads((home / "model/config.json").read_text()) | {"num_hidden_layers": 10**6}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="at most 1,000 blocks; found 1,000,000"):
-        TrainConfig().check_depth(10**6)
+        load_config(str(tmp_path))
 
 
 def test_a_task_of_an_attack_twice() -> None:

@@ -19,8 +19,6 @@ from unlearn.errors import UserError
 FORGET = "Unlearning/WMDP-Bio-Remove-Dataset"
 RETAIN = "EleutherAI/wikitext_document_level:wikitext-103-raw-v1"
 
-DEEPEST = 1000  # blocks: nobody's model is near it, and building one takes for ever
-
 # Published values (docs: "The method, exactly"): LoRA r16 with AdamW, and full training with Muon.
 _LORA = {"retain_loss": "l2", "remove_coef": 5.0, "retain_coef": 5.0, "adam_lr": 1e-3, "examples": 8192}
 _FULL = {"retain_loss": "kl", "remove_coef": 2.0, "retain_coef": 1.0, "adam_lr": 3e-4, "examples": 1024}
@@ -281,8 +279,6 @@ class TrainConfig(CorpusFlags, ResumeFlags, DeviceFlags):
 
     def check_depth(self, depth: int) -> None:
         """Raise unless every target layer exists in a model of `depth` blocks."""
-        if depth > DEEPEST:
-            raise UserError(f"expected a model of at most {DEEPEST:,} blocks; found {depth:,}: check its config.json")
         highest = depth - 1 if self.lens_tap == "output" else depth
         for layer in self.layers:
             if not 0 <= layer <= highest:

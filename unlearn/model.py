@@ -39,6 +39,8 @@ class Layout:
     embedding: str
 
 
+DEEPEST = 1000  # blocks: nobody's model is near it, and building one takes for ever
+
 _LLAMA = Layout("model", "layers", "norm", "embed_tokens")
 
 LAYOUTS = {
@@ -182,6 +184,11 @@ def load_config(path: str, *, revision: str | None = None) -> PretrainedConfig:
     except (OSError, ValueError) as error:
         raise hub_error(path, "model", error) from error
     layout(config)
+    if int(config.num_hidden_layers) > DEEPEST:
+        raise UserError(
+            f"expected a model of at most {DEEPEST:,} blocks; found {config.num_hidden_layers:,} in the config.json of "
+            f"{path}: mend it"
+        )
     return config
 
 
