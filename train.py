@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from unlearn.config import TrainConfig, parse_flags
 from unlearn.errors import run_command
+from unlearn.signals import EarlyStop
 
 if TYPE_CHECKING:
     from evals.evaluation import Evaluation
@@ -23,9 +24,15 @@ if TYPE_CHECKING:
 
 def main() -> None:
     config = parse_flags(TrainConfig)
+    with EarlyStop(config.output):
+        run(config)
+
+
+def run(config: TrainConfig) -> None:
+    """The whole run, or what an earlier attempt left of it."""
     from unlearn.distributed import is_main, process_group  # torch is imported after the flags were found to be right
 
-    with process_group() as device:
+    with process_group(config.device) as device:
         from unlearn.attempt import attempt
         from unlearn.run_folder import RUN
         from unlearn.unlearning import build, export_bytes, read_inputs
@@ -37,9 +44,9 @@ def main() -> None:
             identity = found.identity | ({} if evaluation is None else {"questions": evaluation.sha256()})
             finished = this.stands(identity)
             if not finished:
-                run = build(config, device, found)
-                this.claim(identity, run.optimizers, export_bytes(run))
-                unlearn(run, this, evaluation)
+                built = build(config, device, found)
+                this.claim(identity, built.optimizers, export_bytes(built))
+                unlearn(built, this, evaluation)
             if is_main():
                 print(f"{'finished before: ' if finished else ''}unlearned model: {this.folder / 'model'}")
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evals.envelope import FRACTIONS, Attackers, Gap, Point, envelope, peak, recovery
+from evals.envelope import FRACTIONS, Attackers, Gap, Point, destroyed, envelope, peak, recovery
 from evals.tamper_config import ORIGINAL, UNLEARNED, Attack, TamperConfig
 
 Tasks = Mapping[str, Mapping[str, Any]]  # of a point: task, group or part of one -> its numbers
@@ -114,6 +114,14 @@ def _warnings(curves: Curves, found: Mapping[str, Gap]) -> list[str]:
         warnings.append("no task is known as hazardous, so there is no envelope: name one with --hazard-tasks")
     if not general:
         warnings.append("no general task was measured, so an attack that destroys the model counts like any other")
+    for subject in curves.of if hazard and general else ():
+        lost = destroyed(curves.attackers(subject, hazard[0]), curves.floor(subject))
+        if lost:
+            warnings.append(
+                f"every attack on {subject} destroys {', '.join(lost)}: whenever one was measured after its start, "
+                "it did not count, so nobody knows what gentler ones bring back (a lower --lr, fewer --steps, "
+                "--lora-rank)"
+            )
     warnings += [f"{task}: {gap.record()['reason']}" for task, gap in found.items() if not gap.measurable]
     return warnings
 
@@ -192,12 +200,13 @@ def _goal(gap: Gap | None) -> str:
 
 def _row(curves: Curves, name: str, task: str, gap: Gap | None) -> list[str]:
     attackers, floor, start = curves.attackers(name, task), curves.floor(name), curves.start(name)[task]
-    best = peak(envelope(attackers, floor))
+    best, lost = peak(envelope(attackers, floor)), destroyed(attackers, floor)
     before = _cell(start["acc"], start["interval"])
+    words = f"every attack destroys {', '.join(lost)}" if lost else ""
     if best is None or best.point is None or best.attacker is None:
-        return [name, before, "none counts", "", *("" for _ in FRACTIONS), ""]
+        return [name, before, "none counts", "", *("" for _ in FRACTIONS), words]
     costs = [_cost(attackers, floor, gap, fraction) for fraction in FRACTIONS]
-    leader = best.attacker if best.step else "no attack"
+    leader = best.attacker if best.step else words or "no attack raises it"
     return [name, before, _cell(best.point.hazard, best.point.interval), f"{best.step:,}", *costs, leader]
 
 
@@ -206,6 +215,8 @@ def _cost(attackers: Attackers, floor: Mapping[str, float], gap: Gap | None, fra
     if gap is None or not gap.measurable:
         return "-"
     found = recovery(attackers, floor, gap.bound(fraction))
+    if found.steps is None and found.destroyed:
+        return "not known"
     if found.steps is None or found.tokens is None:
         return f"not within {found.longest_steps:,} steps"
     return f"{found.steps.point.step:,} steps; {found.tokens.point.tokens:,} tokens"

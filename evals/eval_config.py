@@ -7,11 +7,12 @@ from typing import Literal
 import tyro
 
 from evals.targets import parse_pools, parse_target
+from unlearn.config import DeviceFlags
 from unlearn.errors import UserError
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(DeviceFlags):
     """Measure a causal language model with lm-eval's own templates, and say what the numbers can bear."""
 
     model: str

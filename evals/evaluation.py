@@ -23,7 +23,8 @@ from evals.plan import Planner
 from evals.question_task import QuestionTask
 from evals.summary import group_pools, summarise
 from evals.task_loader import compiled_templates, load_tasks
-from unlearn.distributed import is_main, local_device, main_first, world_size
+from unlearn.device import choose_device
+from unlearn.distributed import is_main, main_first, world_size
 from unlearn.errors import UserError
 
 # Accuracies have a closed-form standard error, which lm-eval computes if this is above 0; others are resampled.
@@ -45,6 +46,8 @@ class LiveFlags(Protocol):
     def limit(self) -> int | None: ...
     @property
     def eval_subsample(self) -> int | None: ...
+    @property
+    def device(self) -> str | None: ...
 
 
 class Evaluation:
@@ -66,6 +69,7 @@ class Evaluation:
             include_path=flags.include_path,
             limit=flags.limit,
             subsample=flags.eval_subsample,
+            device=flags.device,
             model_config=model_config,
         )
 
@@ -85,6 +89,7 @@ class Evaluation:
         shots: int | None = None,
         chat: bool = False,
         batch_tokens: int | None = None,
+        device: str | None = None,
         model_config: PretrainedConfig | None = None,
     ):
         """Load the questions, fill the templates, and tokenise.
@@ -101,7 +106,8 @@ class Evaluation:
             pools: further rows of the summary: the tasks or groups that make up each.
             shots: few-shot examples before each question, but for tasks whose own definition says that there are none.
             chat: ask through the tokenizer's chat template, as lm-eval does with examples as turns.
-            batch_tokens: tokens of one forward pass of one rank, padding included; None chooses by this rank's device.
+            batch_tokens: tokens of one forward pass of one rank, padding included; None chooses by the device.
+            device: that was asked for, see `device.choose_device`.
             model_config: of the model to be measured; with it questions that are too long raise here, and not only
                 when the model is measured.
 
@@ -115,7 +121,7 @@ class Evaluation:
         self.tokenizer, self.limit, self.subsample = tokenizer, limit, subsample
         self._planned: int | None = None  # the context length that was planned for
         self._chat = chat
-        self._planner = Planner(tokenizer, batch_tokens or BATCH_TOKENS[local_device().type], truncate=truncate)
+        self._planner = Planner(tokenizer, batch_tokens or BATCH_TOKENS[choose_device(device).type], truncate=truncate)
         template = chat_template(tokenizer) if chat else None
         # Only what comes from the hub goes through a cache that one rank should fill first.
         with main_first() if data_dir is None else nullcontext():

@@ -24,13 +24,14 @@ def evaluate_checkpoint(config: EvalConfig) -> None:
     """Load, evaluate, judge, write and print."""
     # Here and not above, so that --help and a wrong flag answer at once.
     from evals.output import check_output, write_result
+    from unlearn.device import describe
     from unlearn.distributed import is_main, process_group
     from unlearn.files import files_hash
     from unlearn.model import load_model
     from unlearn.precision import DTYPES
     from unlearn.weights import Checkpoint
 
-    with process_group() as device:
+    with process_group(config.device) as device:
         if config.out is not None:  # mistakes in flags show before the long loading
             check_output(config.out, config.model, overwrite=config.overwrite)
         evaluation = _prepare(config)
@@ -38,7 +39,7 @@ def evaluate_checkpoint(config: EvalConfig) -> None:
         digest = files_hash(Checkpoint.open(config.model, revision=config.revision).paths())
         model = load_model(config.model, revision=config.revision, dtype=DTYPES[config.dtype], device=device)
         result = evaluation.measure(model, name=config.model, revision=config.revision)
-        result["unlearn"] |= {"command": typed_command(), "model_sha256": digest}
+        result["unlearn"] |= {"command": typed_command(), "model_sha256": digest, "device": describe(device)}
         try:
             evaluation.summarise(result)
             _judge(config, result, base)
@@ -71,6 +72,7 @@ def _prepare(config: EvalConfig) -> "Evaluation":
         shots=config.num_fewshot,
         chat=config.chat_template,
         batch_tokens=config.batch_tokens,
+        device=config.device,
         model_config=load_config(config.model, revision=config.revision),
     )
     check_targets(map(parse_target, config.target), evaluation.names)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from evals.tamper_config import UNLEARNED, Attack, Subject, TamperConfig
 from unlearn.config import parse_flags
 from unlearn.errors import UserError, run_command
+from unlearn.signals import EarlyStop
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -35,15 +36,23 @@ if TYPE_CHECKING:
 
 def main() -> None:
     config = parse_flags(TamperConfig)
+    with EarlyStop(config.output):
+        run(config)
+
+
+def run(config: TamperConfig) -> None:
+    """The whole grid, or what an earlier attempt left of it."""
     from unlearn.distributed import is_main, process_group  # torch is imported after the flags were found to be right
 
-    with process_group() as device:
+    with process_group(config.device) as device:
+        from evals.attack_memory import check_attacks_fit
         from unlearn.attempt import attempt
         from unlearn.run_folder import ATTACK
 
         inputs = (config.corpus, config.benign_corpus, *(subject.model for subject in config.subjects()))
         with attempt(config, config.output, ATTACK, inputs, device) as this:
             grid = prepare(config)
+            check_attacks_fit(config, grid.batches, device)
             if not this.stands(grid.identity):
                 tamper(grid, this)
             elif is_main():
@@ -57,7 +66,7 @@ class Grid:
     Attributes:
         batches: of each attack. identity: digests of what was read.
         reference: the original model's accuracies, where --reference names them.
-        warnings: sentences about questions that stand in what the attacks train on.
+        warnings: sentences about questions that stand in what the attacks train on, and about text that is not new.
     """
 
     config: TamperConfig
@@ -113,7 +122,7 @@ def prepare(config: TamperConfig) -> Grid:
     flags = {attack: AttackFlags.of(config, config.subjects()[0], attack) for attack in config.attacks()}
     batches = {attack: attack_batches(of_attack, corpora) for attack, of_attack in flags.items()}
     check_examples_differ(batches)
-    warnings = _overlaps(batches, evaluation, tokenizer)
+    warnings = _overlaps(config, batches, evaluation, tokenizer)
     return Grid(config, tokenizer, evaluation, batches, identity, reference, warnings)
 
 
@@ -125,6 +134,7 @@ def _models(config: TamperConfig, tokenizer: "PreTrainedTokenizerBase") -> dict[
     """
     from unlearn.files import files_hash
     from unlearn.model import load_config, load_tokenizer
+    from unlearn.preflight import settings_hashes
     from unlearn.weights import Checkpoint
 
     found = {}
@@ -132,7 +142,7 @@ def _models(config: TamperConfig, tokenizer: "PreTrainedTokenizerBase") -> dict[
         try:
             load_config(subject.model, revision=subject.revision)
             same = load_tokenizer(subject.model, revision=subject.revision).get_vocab() == tokenizer.get_vocab()
-            files = Checkpoint.open(subject.model, revision=subject.revision).paths()
+            checkpoint = Checkpoint.open(subject.model, revision=subject.revision)
         except UserError as error:
             raise error if subject.model == config.model else UserError(f"--control {subject.name}: {error}") from None
         if not same:
@@ -140,7 +150,9 @@ def _models(config: TamperConfig, tokenizer: "PreTrainedTokenizerBase") -> dict[
                 f"expected --control {subject.name} with the tokenizer of --model; found another in {subject.model}: "
                 "tokens would not count the same, choose another control"
             )
-        found["model" if subject.name == UNLEARNED else f"control {subject.name}"] = files_hash(files)
+        name = "model" if subject.name == UNLEARNED else f"control {subject.name}"
+        found[name] = files_hash(checkpoint.paths())
+        found |= {f"{name}'s {what}": digest for what, digest in settings_hashes(checkpoint.folder).items()}
     return found
 
 
@@ -168,23 +180,26 @@ def _reference(config: TamperConfig, evaluation: "Evaluation") -> dict[str, dict
 
 
 def _overlaps(
+    config: TamperConfig,
     batches: Mapping[Attack, "Batches"],
     evaluation: "Evaluation",
     tokenizer: "PreTrainedTokenizerBase",
 ) -> list[str]:
-    """Sentences about questions that stand in what the attacks train on; printed."""
+    """Sentences about questions that stand in what the attacks train on, and about text that the model's run has read;
+    printed."""
     from evals.overlap import overlap_warnings, question_texts
+    from evals.seen import seen_warnings
     from unlearn.data import Corpus
     from unlearn.distributed import fail_together, is_main
 
-    warnings: list[str] = []
+    drawn: dict[str, Corpus] = {}
+    for attack, found in sorted(batches.items(), key=lambda pair: pair[1].unique):
+        windows = [found.corpus.windows[index] for index in sorted(set(found.order))]
+        drawn[attack.data] = Corpus(attack.data, 0, windows)  # the most that any attack draws
+    warnings = seen_warnings(config.model, drawn, tokenizer, config.seq_len)
     with fail_together():
         if is_main():
-            drawn: dict[str, Corpus] = {}
-            for attack, found in sorted(batches.items(), key=lambda pair: pair[1].unique):
-                windows = [found.corpus.windows[index] for index in sorted(set(found.order))]
-                drawn[attack.data] = Corpus(attack.data, 0, windows)  # the most that any attack draws
-            warnings = overlap_warnings(question_texts(evaluation.tasks), drawn, tokenizer)
+            warnings += overlap_warnings(question_texts(evaluation.tasks), drawn, tokenizer)
             for warning in warnings:
                 print(f"warning: {warning}", flush=True)
     return warnings

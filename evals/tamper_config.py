@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import tyro
 
-from unlearn.config import ResumeFlags
+from unlearn.config import DeviceFlags, ResumeFlags, check_once
 from unlearn.errors import UserError
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -57,7 +57,7 @@ class Attack:
 
 
 @dataclass(frozen=True)
-class TamperConfig(ResumeFlags):
+class TamperConfig(ResumeFlags, DeviceFlags):
     """Attack an unlearned model by fine-tuning it, and watch the knowledge return. Flags that take several values
     make a grid: every combination of them is one attack, on the model and on each control."""
 
@@ -282,6 +282,7 @@ def _check_roles(config: TamperConfig) -> None:
         strange = next((task for task in getattr(config, name) if task not in config.eval_tasks), None)
         if strange is not None:
             raise UserError(f"expected {_flag(name)} among --eval-tasks; found {strange!r}: add it there")
+    check_once("--eval-tasks", config.eval_tasks)
     hazard, general = config.roles()
     both = next((task for task in hazard if task in general), None)
     if both is not None:

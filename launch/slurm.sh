@@ -21,11 +21,13 @@
 #   --env NAME     source launch/env/NAME.sh first: modules and network settings of a cluster
 #   --ranks N      processes a node; default: one a GPU
 #   --list FILE    commands, one a line, for a job array
+#   --requeues N   how often a job that was told to stop goes back into the queue (default 20)
 #   --exit-code FILE   write the command's exit code there once it has ended, but not where it goes back into the queue
 #   --dry-run      print what would run (SLURM_NNODES=2 to see two nodes)
 #
 # Five minutes before the time limit Slurm sends USR1. A run that has then saved itself leaves the file PREEMPTED in
-# its --output; the job is put back into the queue and goes on from there, on the same nodes or others.
+# its --output; the job is put back into the queue and goes on from there, on the same nodes or others. So is one that the
+# signal met before anything could listen to it. A job that fails is not.
 set -euo pipefail
 
 root=$PWD
@@ -36,19 +38,22 @@ root=$PWD
 # shellcheck source=arguments.sh
 source "$root/launch/arguments.sh"
 
-dry_run=false environment='' list='' ranks='' code_file=''
+dry_run=false environment='' list='' ranks='' code_file='' requeues=20
 while (($#)); do
     case $1 in
         --dry-run) dry_run=true && shift && continue ;;
         --env) environment=$(value_of "$@") ;;
         --ranks) ranks=$(value_of "$@") ;;
         --list) list=$(value_of "$@") ;;
+        --requeues) requeues=$(value_of "$@") ;;
         --exit-code) code_file=$(value_of "$@") ;;
         -m | [!-]*) break ;;
-        *) fail "expected --dry-run, --env, --ranks, --list or --exit-code before the command; found $1" ;;
+        *) fail "expected --dry-run, --env, --ranks, --list, --requeues or --exit-code before the command; found $1" ;;
     esac
     shift 2
 done
+
+[[ $requeues =~ ^[0-9]{1,6}$ ]] || fail "expected a whole number for --requeues; found $requeues"
 
 if [[ -n $list ]]; then
     (($# == 0)) || fail "expected either --list or a command; found both"
@@ -110,16 +115,29 @@ if $dry_run; then
     exit
 fi
 
+# Whether the command ended because it was told to. The marker says so; before it could listen, the exit code: USR1 is
+# nothing but Slurm's notice (128 + 10), and TERM (128 + 15) meets the only task of a job on one node from outside alone,
+# while on several nodes it also follows a failure on another one.
+told_to_stop() {
+    [[ -n $output ]] && ((code != 0)) || return 1
+    [[ -e $marker ]] || ((code == 138 || (code == 143 && nodes == 1)))
+}
+
 echo "job $job, attempt $attempt, on $nodes node(s) (${SLURM_JOB_NODELIST-}): $(show "$@")"
 marker=$output/PREEMPTED
 if [[ -n $output ]]; then rm -f "$marker"; fi # an earlier attempt's says nothing about this one
 code=0
 "${step[@]}" "${node[@]}" "$@" || code=$?
-if [[ -n $output && -e $marker ]]; then
-    echo "job $job, attempt $attempt: preempted and saved, back into the queue"
-    scontrol requeue "$job" ||
-        fail "expected to put job $job back into the queue; found that Slurm refuses: submit the same command again"
-    exit 0
+if told_to_stop; then
+    if ((attempt < requeues)); then
+        echo "job $job, attempt $attempt: told to stop, back into the queue"
+        scontrol requeue "$job" ||
+            fail "expected to put job $job back into the queue; found that Slurm refuses: submit the same command again"
+        exit 0
+    fi
+    echo "slurm.sh: error: expected job $job to end within $requeues requeues; found it told to stop once more: submit" \
+        "the same command again to go on, or give --requeues" >&2
+    code=1
 fi
 if [[ -n $code_file ]]; then
     echo "$code" >"$code_file.tmp"

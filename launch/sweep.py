@@ -8,7 +8,6 @@ Killed at any moment and started again by the same command it goes on where it w
 search is in launch/search.py, a trial in launch/trials.py.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ from launch.sweep_table import best, draw_frontier, write_results
 from launch.trials import Record, Trial, measure, measure_before, read_before
 from unlearn.errors import UserError, run_command
 from unlearn.files import write_json, writing
+from unlearn.folder_lock import LOCK, locked
 
 ALIKE = 3  # so many failures for one reason, before anything was measured, are no results but a mistake
 
@@ -134,16 +134,9 @@ def _claimed(sweep: Sweep) -> Iterator[None]:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"expected a folder for --output; found the file {folder}: choose another name")
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    if not file.is_file() and set(names) - {"lock", "sweep.json.tmp"}:
+    if not file.is_file() and set(names) - {LOCK, "sweep.json.tmp"}:
         raise UserError(f"expected a new folder or a sweep's for --output; found other files in {folder}")
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"expected no sweep at work in {folder}; found one: wait for its end") from None
+    with locked(folder / LOCK, "sweep"):
         if file.is_file():
             _check_same(json.loads(file.read_text(encoding="utf-8")), sweep)
         else:

@@ -120,10 +120,11 @@ def measure_before(sweep: Sweep) -> dict[str, Any]:
 
 
 def evaluation_words(sweep: Sweep, model: Path, out: Path, subsample: bool = False) -> list[str]:
-    """The command that evaluates `model`, in the dtype of the training."""
+    """The command that evaluates `model`, in the dtype and on the device of the training."""
     config = sweep.config
-    dtype = sweep.settings(sweep.space.points()[0], config.seed).dtype
-    words = ["evals/run.py", "--model", str(model), "--tasks", *config.tasks, "--dtype", dtype, "--out", str(out)]
+    training = sweep.settings(sweep.space.points()[0], config.seed)
+    words = ["evals/run.py", "--model", str(model), "--tasks", *config.tasks, "--dtype", training.dtype]
+    words += ["--out", str(out)] + ([] if training.device is None else ["--device", training.device])
     for target in config.target:
         words += ["--target", target]
     for flag, value in (("--data-dir", config.data_dir), ("--include-path", config.include_path)):

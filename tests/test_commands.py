@@ -293,7 +293,8 @@ def test_revision_of_a_local_model(home: Path, tmp_path: Path, attempt: Callable
 
 def test_interrupted_run_leaves_no_model(home: Path, tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "long.jsonl", WORDS, documents=2000)
-    words = flags(home, tmp_path / "run", forget=corpus, retain=corpus, examples=5000, batch=2)
+    other = write_corpus(tmp_path / "other.jsonl", WORDS, documents=2000, seed=1)
+    words = flags(home, tmp_path / "run", forget=corpus, retain=other, examples=5000, batch=2)
     process = subprocess.Popen(
         [sys.executable, "train.py", *map(str, words)],
         cwd=ROOT,

@@ -67,7 +67,7 @@ def test_a_grid_of_attacks_stands_beside_its_controls(run: Path) -> None:
     assert "Unlearning took it from 90.0 % to 30.0 %" in page.text
     for row in (
         "unlearned 2 attacks 30.0 % 20.0–40.0 70.0 % 60.0–80.0 20 10 steps, 1,000 tokens not within 20 steps",
-        "original 1 attack 90.0 % 80.0–100.0 90.0 % 80.0–100.0 0 0 steps, 0 tokens –",
+        "original 1 attack 90.0 % 80.0–100.0 none keeps general accuracy – 0 steps, 0 tokens –",
         "random 1 attack 25.0 % 15.0–35.0 none keeps general accuracy – – –",
     ):
         assert row in page.text

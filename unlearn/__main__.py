@@ -9,6 +9,7 @@ from unlearn.errors import run_command
 from unlearn.fit_config import FitLensConfig
 from unlearn.plan_config import PlanConfig
 from unlearn.report_config import ReportConfig
+from unlearn.signals import EarlyStop
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,10 @@ def main() -> None:
 
     command: FitLensConfig | PlanConfig | ReportConfig | WorldConfig = parse_flags(Command)  # type: ignore[arg-type]
     if isinstance(command, FitLensConfig):
-        from unlearn.fit_lens import fit_lens
+        with EarlyStop(command.output):
+            from unlearn.fit_lens import fit_lens
 
-        fit_lens(command)
+            fit_lens(command)
     elif isinstance(command, PlanConfig):
         from unlearn.plan import plan
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from torch.optim import Optimizer
 from unlearn.checkpoint import Checkpoints
 from unlearn.command_line import typed_command
 from unlearn.config import ResumeFlags
-from unlearn.distributed import is_main
+from unlearn.device import describe
+from unlearn.distributed import fail_together, is_main
+from unlearn.folder_lock import LOCK, locked
 from unlearn.metrics import MetricsLog
 from unlearn.preflight import check_disk, check_ranks, checkpoint_bytes, code_hash, versions
 from unlearn.run_folder import MARKER, Earlier, begin, check_output, earlier_run, finish_run, still_stands
@@ -26,7 +28,7 @@ class Attempt:
     """An attempt at the run in `folder`.
 
     Attributes:
-        flags: of the command. facts: the code and the versions that it runs on.
+        flags: of the command. facts: the code, the versions and the device that it runs on. own: names that it writes.
         earlier: whether an earlier attempt finished the run, or left it unfinished, going by its flags.
         stop: listens to signals. marker: what it leaves where the run is stopped.
     """
@@ -35,6 +37,7 @@ class Attempt:
     config: ResumeFlags
     flags: dict[str, Any]
     facts: dict[str, Any]
+    own: frozenset[str]
     earlier: Earlier
     stop: StopSignals
     marker: Path
@@ -66,7 +69,8 @@ class Attempt:
         every, there = self.config.save_every, len(list(self.folder.glob("checkpoints/step-*")))
         count = max(0, self.config.keep + 1 - there) if every else 0
         check_disk(self.folder, checkpoint=checkpoint_bytes(optimizers), count=count, export=export)
-        begin(self.folder, self.flags, self.earlier, identity, self.facts | {"command": typed_command()})
+        facts = self.facts | {"command": typed_command()}
+        begin(self.folder, self.flags, self.earlier, identity, facts, own=self.own)
         if is_main():
             self.marker.unlink(missing_ok=True)
 
@@ -103,17 +107,34 @@ def attempt(
     Args:
         config: the command's flags, a dataclass that is a `ResumeFlags`.
         own, inputs: see `check_output`.
-        marker: by default in the output folder.
+        marker: by default in the output folder, which is then held against a second start; who gives another one holds
+            that one's folder.
 
     Raises:
         UserError: the folder is not for this run, or ranks run different code, versions or flags.
     """
     folder = check_output(output, config.overwrite, own, inputs, resumes=config.resumes)
     flags, facts = dataclasses.asdict(config), {"code": code_hash(), "versions": versions()}
-    check_ranks(facts | {"flags": flags}, device)
-    earlier = earlier_run(folder, flags, resumes=config.resumes)
-    if earlier == "finished":
-        finish_run(folder)  # which that attempt may not have come to the end of
-    marker = marker or folder / MARKER
-    with StopSignals(marker) as stop:
-        yield Attempt(folder, config, flags, facts, earlier, stop, marker, device)
+    check_ranks(facts | {"flags": flags, "device": device.type}, device)
+    facts["device"] = describe(device)
+    with nullcontext() if marker else at_work(folder):
+        earlier = earlier_run(folder, flags, resumes=config.resumes)
+        if earlier == "finished":
+            finish_run(folder)  # which that attempt may not have come to the end of
+        marker = marker or folder / MARKER
+        with StopSignals(marker) as stop:
+            yield Attempt(folder, config, flags, facts, frozenset(own), earlier, stop, marker, device)
+
+
+@contextmanager
+def at_work(folder: Path) -> Iterator[None]:
+    """Hold a run's folder against a second start, for the length of the block; rank 0 does it for all.
+
+    Raises:
+        UserError: on every rank, if another start is at work there.
+    """
+    with ExitStack() as stack:
+        with fail_together():
+            if is_main():
+                stack.enter_context(locked(folder / LOCK, "run"))
+        yield

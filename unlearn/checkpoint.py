@@ -8,6 +8,7 @@ what bears its final name is whole.
 """
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -24,11 +25,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
-from unlearn.distributed import all_true, fail_together, from_main, is_main, world_size
+from unlearn.distributed import all_true, fail_together, from_main, is_main, rank, world_size
 from unlearn.errors import UserError
-from unlearn.files import temporary_name, write_json
+from unlearn.files import file_hash, temporary_name, write_json
 from unlearn.metrics import MetricsLog
-from unlearn.saving import Written, saving
+from unlearn.saving import DIGESTS, Written, saving
 from unlearn.stopping import StopSignals
 from unlearn.weights import shared_folder
 
@@ -152,13 +153,34 @@ class Checkpoints:
         folders = whole(self._folder)
         if not folders:
             return None, Progress(0, 0, 0.0, {})
-        found = json.loads((folders[-1] / PROGRESS).read_text(encoding="utf-8"))
-        return folders[-1], Progress(found["step"], found["log_bytes"], found["seconds"], found["extra"])
+        return folders[-1], read_progress(folders[-1], self._steps)
+
+
+def read_progress(folder: Path, steps: int) -> Progress:
+    """How far the run of `steps` steps had come that left a checkpoint.
+
+    Raises:
+        UserError: progress.json is damaged, or says what cannot be.
+    """
+    try:
+        found = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+        progress = Progress(found["step"], found["log_bytes"], found["seconds"], found["extra"])
+        possible = f"step-{progress.step:06d}" == folder.name and 0 < progress.step <= steps
+        possible = possible and progress.log_bytes >= 0 and progress.seconds >= 0.0 and isinstance(progress.extra, dict)
+    except (OSError, ValueError, KeyError, TypeError):
+        possible = False
+    if not possible:
+        raise UserError(
+            f"expected {PROGRESS} of a whole checkpoint of {steps} steps or fewer in {folder}; found a damaged one: "
+            "delete the checkpoint to go on from the one before"
+        )
+    return progress
 
 
 def whole(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, the oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.suffix != ".tmp" and (path / PROGRESS).is_file())
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted((path for path in found if (path / PROGRESS).is_file()), key=lambda path: int(path.name[5:]))
 
 
 def remove(folder: Path) -> None:
@@ -187,6 +209,7 @@ def load(folder: Path, model: nn.Module, optimizers: Mapping[str, Optimizer]) ->
     Raises:
         UserError: it is damaged, or of another model or other optimizers.
     """
+    check_digests(folder)
     try:
         reader = dcp.FileSystemReader(folder)
         stored = reader.read_metadata().state_dict_metadata
@@ -203,6 +226,35 @@ def load(folder: Path, model: nn.Module, optimizers: Mapping[str, Optimizer]) ->
         ) from error
     for name, built in optimizers.items():
         _set_states(built, states[name], model)
+
+
+def check_digests(folder: Path) -> None:
+    """Raise on every rank unless a checkpoint holds what was written; its pickles are read only after that.
+
+    Each rank reads some of the files.
+    """
+    with fail_together():
+        digests = _digests(folder)
+        for name in sorted(digests)[rank() :: world_size()]:
+            file = folder / name
+            if not file.is_file() or file_hash(file) != digests[name]:
+                raise UserError(
+                    f"expected a whole checkpoint in {folder}; found another {name} than was written: delete it to go "
+                    "on from the one before"
+                )
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    try:
+        digests = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        digests = None
+    if not isinstance(digests, dict) or not digests.keys() >= {PROGRESS, ".metadata"}:
+        raise UserError(
+            f"expected a whole checkpoint in {folder}; found no readable {DIGESTS}: delete it to go on from the one "
+            "before"
+        )
+    return digests
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:

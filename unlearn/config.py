@@ -59,6 +59,15 @@ class CorpusFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeviceFlags:
+    """What a command computes on."""
+
+    device: Literal["cuda", "cpu"] | None = None
+    """cpu: compute on the CPU though there may be GPUs; cuda: on GPUs or not at all. Default: on a GPU for each rank;
+    on the CPU where the machine has no GPU, while one that torch cannot use is an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResumeFlags:
     """How a run is saved, and goes on after it was stopped or killed."""
 
@@ -91,7 +100,7 @@ class ResumeFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(CorpusFlags, ResumeFlags):
+class TrainConfig(CorpusFlags, ResumeFlags, DeviceFlags):
     """Unlearn a model: push what a frozen tuned lens reads off the target layers towards uniform on forget text, and
     hold the model to its original on retain text."""
 
@@ -273,6 +282,7 @@ class TrainConfig(CorpusFlags, ResumeFlags):
             for name in names:
                 if condition and getattr(self, name) != _default(name):
                     raise UserError(f"--{name.replace('_', '-')} has no effect {reason}: leave it out")
+        check_once("--eval-tasks", self.eval_tasks)
         if self.limit is not None and self.eval_subsample is not None:
             raise UserError("--limit has no effect beside --eval-subsample: give one of them")
         self.check_text()
@@ -293,6 +303,13 @@ class TrainConfig(CorpusFlags, ResumeFlags):
                 )
         if set(self.layers) == {depth} and self.lens not in (None, self._default_lens):
             raise UserError(f"--lens has no effect with --layers {depth}, the final stream: leave it out")
+
+
+def check_once(flag: str, names: Sequence[str]) -> None:
+    """Raise if a name is given twice."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"expected every name after {flag} once; found {twice!r} twice: leave one out")
 
 
 Flags = TypeVar("Flags")

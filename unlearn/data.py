@@ -21,6 +21,8 @@ from unlearn.errors import UserError
 from unlearn.seeding import derive, generator
 from unlearn.token_cache import tokenise
 
+MOST = 10**8  # windows of a run, whose order is held in memory: no run of years has more
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -35,6 +37,12 @@ class Corpus:
     name: str
     documents: int
     windows: list[np.ndarray]
+
+    def keys(self) -> set[bytes]:
+        """A digest of each window's token ids."""
+        return {
+            hashlib.blake2b(np.ascontiguousarray(w, dtype="<i4").data, digest_size=16).digest() for w in self.windows
+        }
 
     def sha256(self) -> str:
         """Digest of every window's length and token ids, in their order."""
@@ -178,6 +186,10 @@ class Batches:
         micro_batch: int | None = None,
         micro_tokens: int | None = None,
     ):
+        if total > MOST:
+            raise UserError(
+                f"expected at most {MOST:,} windows to train on; found {total:,}: lower --epochs, --steps or --examples"
+            )
         chosen = torch.randperm(len(corpus.windows), generator=generator(seed, tag, "choice"))[:examples].tolist()
         self.corpus, self.chosen, self.total, self.batch = corpus, len(chosen), total, batch
         self.seed, self.tag, self.micro_batch, self.micro_tokens = seed, tag, micro_batch, micro_tokens

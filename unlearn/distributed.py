@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from unlearn.errors import OutOfMemory, UserError
+from unlearn.device import choose_device, describe
+from unlearn.errors import OnEveryRank, OutOfMemory, UserError
 
 # A stopped rank makes the others fail after this, instead of hanging for ever: up to the end of the first step, which
 # includes loading and compiling, and from then on.
@@ -24,6 +25,7 @@ TIMEOUT, STEP_TIMEOUT = timedelta(minutes=30), timedelta(minutes=10)
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 FULL = ("CUDA out of memory", "can't allocate memory")  # what torch says where memory has run out
 LOOPBACK = "127.0.0.1"
+PLACE = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")  # what torchrun tells a rank
 
 Value = TypeVar("Value")
 
@@ -43,29 +45,28 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def local_device() -> torch.device:
-    """The device of this rank: its own GPU where there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
-
-
 @contextmanager
-def process_group() -> Iterator[torch.device]:
-    """Join torchrun's process group for the length of the block (NCCL on CUDA, gloo on CPU); yield this rank's device.
+def process_group(asked: str | None = None) -> Iterator[torch.device]:
+    """Join torchrun's process group for the length of the block (NCCL on CUDA, gloo on CPU); yield this rank's device,
+    which rank 0 says.
 
     Outside torchrun nothing is joined, unless sharding makes a group of one. The group is left when the block ends,
-    unless it ends in an error of this rank alone: leaving would make the others fail, and speak, before it does.
+    unless it ends in an error that may be this rank's alone: leaving would make the others fail, and speak, before it
+    does; or wait with NCCL for ranks that are inside a collective, while torchrun sees no failure.
+
+    Args:
+        asked: see `choose_device`.
     """
-    device = local_device()
+    device = choose_device(asked)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         _repeatable()
     outermost = not dist.is_initialized()
     if outermost and "RANK" in os.environ:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        own_store = os.environ["MASTER_ADDR"] == LOOPBACK and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        dist.init_process_group(backend, timeout=TIMEOUT, **(_loopback_store() if own_store else {}))
+        _join(backend)
+    if outermost and is_main():
+        print(f"device: {describe(device)}, {world_size()} rank(s)", flush=True)
     try:
         yield device
     except RuntimeError as error:
@@ -82,9 +83,36 @@ def process_group() -> Iterator[torch.device]:
         ) from error
     finally:
         failed = sys.exception()
-        alone = isinstance(failed, OutOfMemory) or (isinstance(failed, Exception) and not isinstance(failed, UserError))
+        alone = isinstance(failed, Exception) and not (isinstance(failed, UserError) and failed.everywhere)
         if outermost and dist.is_initialized() and not (alone and world_size() > 1):
             dist.destroy_process_group()
+
+
+def _join(backend: str) -> None:
+    """Join the group that torchrun's variables describe.
+
+    Raises:
+        UserError: one of them is missing or wrong, or the port is taken.
+    """
+    place = {name: os.environ.get(name, "") for name in PLACE}
+    odd = next((f"{name}={value!r}" for name, value in place.items() if not value), None)
+    odd = odd or next((f"{name}={place[name]!r}" for name in PLACE[1:] if not place[name].isdecimal()), None)
+    if odd is None and not (0 < int(place["MASTER_PORT"]) < 65536 and int(place["RANK"]) < int(place["WORLD_SIZE"])):
+        odd = " ".join(f"{name}={place[name]}" for name in PLACE[1:])
+    if odd is not None:
+        raise UserError(
+            f"expected {', '.join(PLACE)} as torchrun sets them; found {odd}: start with torchrun or launch/node.sh, "
+            "or unset RANK to run one process"
+        )
+    own_store = place["MASTER_ADDR"] == LOOPBACK and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        dist.init_process_group(backend, timeout=TIMEOUT, **(_loopback_store() if own_store else {}))
+    except (OSError, dist.DistNetworkError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"expected to meet the other ranks at {place['MASTER_ADDR']}:{place['MASTER_PORT']}; found {reason!r}: "
+            "choose another MASTER_PORT, which nothing else uses"
+        ) from error
 
 
 def _repeatable() -> None:
@@ -183,7 +211,7 @@ def fail_together() -> Iterator[None]:
     """Let a failure inside the block on any rank fail every rank, with the same sentence, instead of hanging the rest.
 
     Raises:
-        UserError: the first failing rank's, on every rank.
+        OnEveryRank: the first failing rank's, on every rank.
     """
     sentence: str | None = f"rank {rank()} failed; its traceback says why"
     sentences: list[str | None] = []
@@ -196,7 +224,7 @@ def fail_together() -> Iterator[None]:
         sentences = gather(sentence)
     for found in sentences:
         if found is not None:
-            raise UserError(found)
+            raise OnEveryRank(found)
 
 
 def gather(value: Value) -> list[Value]:

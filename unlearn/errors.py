@@ -13,11 +13,25 @@ AGAIN = 1.0  # seconds until an interrupt that went astray is raised again
 
 
 class UserError(ValueError):
-    """Something the user can mend: the message says what was expected, what was found and what to do."""
+    """Something the user can mend: the message says what was expected, what was found and what to do.
+
+    Attributes:
+        everywhere: it is known that every rank raises it.
+    """
+
+    everywhere = False
+
+
+class OnEveryRank(UserError):
+    """One rank's mistake, raised on all of them together."""
+
+    everywhere = True
 
 
 class NotFinite(UserError):
     """Training or a trained model came to NaN or infinity: it diverged. Raised on every rank."""
+
+    everywhere = True
 
 
 class OutOfMemory(UserError):
@@ -110,6 +124,6 @@ def _say_once(sentence: str) -> None:
     torchrun ends the other ranks as soon as the first one has failed, so ranks above 0 wait a moment: they speak
     only if rank 0 did not fail.
     """
-    if int(os.environ.get("RANK", "0")) > 0:
+    if os.environ.get("RANK", "0") != "0":
         time.sleep(3.0)
     print(sentence, file=sys.stderr, flush=True)

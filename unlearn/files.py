@@ -98,6 +98,12 @@ def no_right(path: Path | str, what: str) -> UserError:
     )
 
 
+def absolute_model(path: str) -> str:
+    """The path of a local folder in a form that holds from everywhere; a hub name unchanged."""
+    folder = Path(path).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else path
+
+
 def hub_error(path: str, what: str, error: Exception) -> UserError:
     """One sentence for a `what` that could not be read from `path`, a folder or a hub name."""
     if isinstance(error, PermissionError):
@@ -199,6 +205,19 @@ def files_hash(files: Iterable[Path]) -> str:
                 stream.seek((size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
                 add_parts(digest, stream.read(SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def file_hash(file: Path) -> str:
+    """sha256 of a whole file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def size(count: int) -> str:
+    """A number of bytes in words."""
+    units = ("bytes", "KiB", "MiB", "GiB")
+    power = min(len(units) - 1, max(0, count.bit_length() - 1) // 10)
+    return f"{count / 1024**power:.{1 if power else 0}f} {units[power]}"
 
 
 def add_parts(digest: Any, *parts: bytes) -> None:

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from unlearn.config import CorpusFlags, ResumeFlags
+from unlearn.config import CorpusFlags, DeviceFlags, ResumeFlags
 from unlearn.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitLensConfig(CorpusFlags, ResumeFlags):
+class FitLensConfig(CorpusFlags, ResumeFlags, DeviceFlags):
     """Train a tuned lens for a model, on forget and retain text together."""
 
     model: str

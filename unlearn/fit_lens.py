@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from unlearn.attempt import Attempt, attempt
+from unlearn.attempt import Attempt, at_work, attempt
 from unlearn.data import Batches, Corpus, Rows, check_examples, read_corpus
 from unlearn.distributed import all_sum, fail_together, is_main, process_group
 from unlearn.errors import UserError
@@ -31,6 +31,7 @@ from unlearn.model import load_config, load_model, load_tokenizer, residual_stre
 from unlearn.model_config import check_windows
 from unlearn.optim.build import BETAS, EPS, linear_schedule
 from unlearn.precision import DTYPES
+from unlearn.preflight import check_apart, settings_hashes
 from unlearn.run_folder import FITTING, LENS, MARKER, check_output
 from unlearn.trainer import train
 from unlearn.weights import Checkpoint
@@ -113,12 +114,12 @@ def fit_lens(config: FitLensConfig) -> None:
         UserError: see `check_output`, `read_corpus` and `load_model`.
     """
     inputs = (config.model, config.forget, config.retain)
-    with process_group() as device:
+    with process_group(config.device) as device:
         output = Path(config.output).expanduser()
         known = (output / "fitting/config.json").exists() or not (output / "config.json").exists()
         output = check_output(config.output, config.overwrite, LENS, inputs, resumes=config.resumes and known)
         place = str(output / "fitting")
-        with attempt(config, place, FITTING, inputs, device, marker=output / MARKER) as this:
+        with at_work(output), attempt(config, place, FITTING, inputs, device, marker=output / MARKER) as this:
             corpora, identity = _read(config)
             finished = this.stands(identity)
             if not finished:
@@ -139,8 +140,10 @@ def _read(config: FitLensConfig) -> tuple[list[Corpus], dict[str, str]]:
     }
     model_config = load_config(config.model, revision=config.revision)
     check_windows(model_config, {corpus.name: corpus.windows for corpus in corpora.values()})
+    check_apart(corpora)
     identity = {f"{which} corpus": corpus.sha256() for which, corpus in corpora.items()}
-    identity["model"] = files_hash(Checkpoint.open(config.model, revision=config.revision).paths())
+    checkpoint = Checkpoint.open(config.model, revision=config.revision)
+    identity |= {"model": files_hash(checkpoint.paths())} | settings_hashes(checkpoint.folder)
     return list(corpora.values()), identity
 
 

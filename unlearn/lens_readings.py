@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unlearn.distributed import local_device
+from unlearn.device import choose_device
 from unlearn.errors import UserError
 from unlearn.files import write_json
 from unlearn.lens import TunedLens
@@ -25,11 +25,11 @@ Stage = Literal["before", "after"]
 Autocast = Callable[[], AbstractContextManager[object]]
 
 
-def write_readings(folder: Path, config: dict[str, Any], prompts: Sequence[str]) -> None:
+def write_readings(folder: Path, config: dict[str, Any], prompts: Sequence[str], device: str | None = None) -> None:
     """Read `prompts` in a run's original and exported model, both loaded for it, and write `folder/lens.json`.
 
     Args:
-        config: the run's flags: model, revision, lens, dtype.
+        config: the run's flags: model, revision, lens, dtype. device: see `choose_device`.
 
     Raises:
         UserError: the run has no model or no lens, or one of them cannot be read.
@@ -38,13 +38,13 @@ def write_readings(folder: Path, config: dict[str, Any], prompts: Sequence[str])
         raise UserError(f"expected an exported model in {folder / 'model'} for --prompts; found none: finish the run")
     if not config.get("lens"):
         raise UserError(f"--prompts has no effect on {folder}, a run without a lens: leave it out")
-    dtype, device = DTYPES[config["dtype"]], local_device()
+    dtype, place = DTYPES[config["dtype"]], choose_device(device)
     tokenizer = load_tokenizer(config["model"], revision=config.get("revision"))
-    original = load_model(config["model"], revision=config.get("revision"), dtype=dtype, device=device)
+    original = load_model(config["model"], revision=config.get("revision"), dtype=dtype, device=place)
     lens = TunedLens.load(config["lens"], original).to(dtype)
     before = read_prompts(original, lens, tokenizer, prompts, "before")
     del original  # one model at a time
-    unlearned = load_model(str(folder / "model"), dtype=dtype, device=device)
+    unlearned = load_model(str(folder / "model"), dtype=dtype, device=place)
     write_stage(folder, lens, config["lens"], before, "before")
     write_stage(folder, lens, config["lens"], read_prompts(unlearned, lens, tokenizer, prompts, "after"), "after")
 

@@ -106,8 +106,8 @@ def terms(config: TrainConfig, shape: Shape, layout: Layout) -> dict[str, float]
     if not _is_sharded(config, layout) and config.lora_rank == 0 and compute != 4:
         result["weights as autocast rounds them"] = shape.parameters * compute
     result["activations"] = _activations(config, shape) * compute
-    one_block, vocabulary = _one_block(config, shape, layout), _vocabulary(config, shape)
-    return result | max(one_block, vocabulary, key=lambda moment: sum(moment.values()))
+    block, vocabulary = one_block(config, shape, layout), _vocabulary(config, shape)
+    return result | max(block, vocabulary, key=lambda moment: sum(moment.values()))
 
 
 def _is_sharded(config: TrainConfig, layout: Layout) -> bool:
@@ -144,7 +144,7 @@ def _activations(config: TrainConfig, shape: Shape) -> float:
     return float(stream * (max(forget, retain) + 3))
 
 
-def _one_block(config: TrainConfig, shape: Shape, layout: Layout) -> dict[str, float]:
+def one_block(config: TrainConfig, shape: Shape, layout: Layout) -> dict[str, float]:
     """Bytes of one block's backward pass: its recomputation, and the weights that FSDP2 has gathered for it."""
     compute = DTYPE_BYTES[config.dtype]
     kept = RECOMPUTED[config.lora_rank > 0] if config.checkpoint_activations else 8
@@ -260,6 +260,16 @@ def neighbours(config: TrainConfig, shape: Shape, layout: Layout) -> list[Neighb
 def peak_gib(config: TrainConfig, shape: Shape, layout: Layout) -> float:
     """The sum of all terms, in GiB."""
     return sum(terms(config, shape, layout).values()) / GIB
+
+
+def check_rank(lora_rank: int, shape: Shape) -> None:
+    """Raise if adapters have a higher rank than any matrix that they adapt: more of it changes nothing but the cost."""
+    highest = max((min(pair) for pair in shape.targets), default=0)
+    if lora_rank > highest > 0:
+        raise UserError(
+            f"expected --lora-rank of at most {highest}, the full rank of the largest adapted matrix; found "
+            f"{lora_rank}: lower it, or train in full without it"
+        )
 
 
 def check_fits(config: TrainConfig, shape: Shape, layout: Layout, limit_gib: float) -> None:

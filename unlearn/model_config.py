@@ -12,6 +12,8 @@ from unlearn.distributed import is_main
 from unlearn.errors import UserError
 from unlearn.files import hub_error, local_folder
 
+DEEPEST = 1000  # blocks: nobody's model is near it, and building one takes for ever
+
 # What transformers raises for numbers and names in config.json of which it cannot make a model.
 UNBUILDABLE = (KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError, StrictDataclassError)
 
@@ -70,6 +72,11 @@ def load_config(path: str, *, revision: str | None = None) -> PretrainedConfig:
     except UNBUILDABLE as error:
         raise unbuildable(path, error) from error
     layout(config)
+    if int(config.num_hidden_layers) > DEEPEST:
+        raise UserError(
+            f"expected a model of at most {DEEPEST:,} blocks; found {config.num_hidden_layers:,} in the config.json of "
+            f"{path}: mend it"
+        )
     _check_plain(config, path)
     return config
 

@@ -30,3 +30,9 @@ class PlanConfig(TrainConfig):
             if not getattr(self, name) > 0:
                 flag = name.replace("_", "-")
                 raise UserError(f"expected --{flag} to be above 0; found {getattr(self, name)}: give what you have")
+        for name in ("batch", "examples"):
+            if (getattr(self, name) or 0) < self.world_size:
+                raise UserError(
+                    f"expected --{name} of at least one window a rank ({self.world_size:,} ranks); found "
+                    f"{getattr(self, name):,}: raise it, or lower --world-size"
+                )

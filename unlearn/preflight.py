@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import platform
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,12 +15,18 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from unlearn.data import Corpus
+from unlearn.device import driver_version
 from unlearn.distributed import all_sum, fail_together, gather, is_main, world_size
 from unlearn.errors import UserError
-from unlearn.files import add_parts
+from unlearn.files import add_parts, files_hash, size
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "safetensors", "datasets", "lm_eval", "numpy")
+TOKENIZER = (
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja "
+    "chat_template.json vocab.json merges.txt vocab.txt tokenizer.model spiece.model"
+).split()
 NUMBERS = 1 << 16  # of each tensor in a digest
 
 
@@ -29,7 +36,7 @@ def versions() -> dict[str, str]:
     found |= {package: importlib.metadata.version(package) for package in PACKAGES}
     if torch.cuda.is_available():
         found |= {"cuda": str(torch.version.cuda), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
-        found["gpu"] = torch.cuda.get_device_name()
+        found |= {"gpu": torch.cuda.get_device_name(), "driver": driver_version() or "unknown"}
     return found
 
 
@@ -89,21 +96,63 @@ def checkpoint_bytes(optimizers: Mapping[str, Optimizer]) -> int:
     return total
 
 
+def settings_hashes(folder: Path) -> dict[str, str]:
+    """Digests of what a model's folder holds beside its weights: its configuration, and its tokenizer's files."""
+    tokenizer = [folder / name for name in TOKENIZER if (folder / name).is_file()]
+    return {"config.json": files_hash([folder / "config.json"]), "tokenizer": files_hash(tokenizer)}
+
+
+def check_apart(corpora: Mapping[str, Corpus]) -> None:
+    """Raise if forget and retain text are the same, and warn if they have windows in common.
+
+    A loss that forgets and one that retains the same text work against each other; held out text is none if it is in
+    the other corpus.
+
+    Raises:
+        UserError: on every rank.
+    """
+    if len(corpora) < 2:
+        return
+    forget, retain = corpora["forget"], corpora["retain"]
+    with fail_together():
+        if is_main():
+            shared = len(forget.keys() & retain.keys())
+            if shared == len(forget.keys()) == len(retain.keys()):
+                raise UserError(
+                    f"expected --retain to be other text than --forget; found the same {shared} windows in "
+                    f"{forget.name} and {retain.name}: choose another corpus for one of them"
+                )
+            if shared:
+                print(
+                    f"warning: expected --retain to be other text than --forget; found {shared:,} windows of the "
+                    f"{len(forget.windows):,} of {forget.name} in {retain.name} too",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+
 def check_disk(folder: Path, *, checkpoint: int, count: int, export: int) -> None:
     """Raise unless there is room in `folder` for `count` checkpoints beyond those already there, and the export.
+
+    Where checkpoints/ is a link to another disk, the checkpoints need room there.
 
     Args:
         checkpoint, export: bytes of one.
     """
     with fail_together():
         if is_main():
-            nearest = next(place for place in (folder, *folder.parents) if place.is_dir())
-            free = shutil.disk_usage(nearest).free
-            needed = checkpoint * count + export
-            if needed > free:
-                raise UserError(
-                    f"expected {needed / 2**30:.1f} GiB of free disk for {folder} ({count} checkpoint(s) of "
-                    f"{checkpoint / 2**30:.1f} GiB, one of them while it replaces another, and the export of "
-                    f"{export / 2**30:.1f} GiB); found {free / 2**30:.1f} GiB: free some, choose another --output, or "
-                    "give --save-every 0"
-                )
+            if (folder / "checkpoints").is_symlink():
+                _check_room(folder / "checkpoints", checkpoint, count, 0)
+                count = 0
+            _check_room(folder, checkpoint, count, export)
+
+
+def _check_room(folder: Path, checkpoint: int, count: int, export: int) -> None:
+    nearest = next(place for place in (folder, *folder.parents) if place.is_dir())
+    free, needed = shutil.disk_usage(nearest).free, checkpoint * count + export
+    if needed > free:
+        raise UserError(
+            f"expected {size(needed)} of free disk for {folder} ({count} checkpoint(s) of {size(checkpoint)}, one of "
+            f"them while it replaces another, and the export of {size(export)}); found {size(free)}: free some, choose "
+            "another --output, or give --save-every 0"
+        )

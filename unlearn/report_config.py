@@ -5,11 +5,12 @@ from typing import Annotated
 
 import tyro
 
+from unlearn.config import DeviceFlags
 from unlearn.errors import UserError
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(DeviceFlags):
     """Write FOLDER/report.html: one self-contained page with what a run did and what was measured, or with what a sweep
     tried and its best trial's run. Replaces an earlier report."""
 
@@ -24,5 +25,7 @@ class ReportConfig:
     which later reports show too. train.py --prompts reads them on the way, without loading either again."""
 
     def __post_init__(self) -> None:
+        if self.device is not None and not self.prompts:
+            raise UserError("--device has no effect without --prompts: leave it out")
         if not all(prompt.strip() for prompt in self.prompts):
             raise UserError("expected text in every one of --prompts; found an empty one: leave it out")

@@ -13,20 +13,22 @@ from typing import Any, Literal
 
 from unlearn.distributed import barrier, fail_together, from_main, is_main, world_size
 from unlearn.errors import UserError
-from unlearn.files import write_json, writing
+from unlearn.files import temporary_name, write_json, writing
+from unlearn.folder_lock import LOCK
+from unlearn.signals import MARKER
 
-MARKER = "PREEMPTED"  # left by a run that was told to stop, for launch/slurm.sh
-RESUMABLE = frozenset(("config.json", "run.json", "metrics.jsonl", "checkpoints", MARKER))
+CHECKPOINTS = "checkpoints"
+RESUMABLE = frozenset(("config.json", "run.json", "metrics.jsonl", CHECKPOINTS, MARKER, LOCK))
 RUN = RESUMABLE | {"model", "adapter", "evals", "lens.json", "report.html"}
 ATTACK = RESUMABLE | {"attack.json", "attack.png", "attacks", "model"}
 ONE_ATTACK = RESUMABLE | {"curve.json"}
 FITTING = RESUMABLE | {"lens"}  # in a folder of its own inside a lens's, whose config.json says other things
-LENS = frozenset(("params.safetensors", "params.pt", "config.json", "fit.json", "fitting", MARKER))
+LENS = frozenset(("params.safetensors", "params.pt", "config.json", "fit.json", "fitting", MARKER, LOCK))
 
 # Flags that may differ between the attempts of one run: they change where things lie and how they are computed, and the
 # result by no more than rounding.
 FREE = frozenset(
-    "output overwrite resume save_every keep step_timeout data_dir include_path micro_batch micro_tokens shard "
+    "output overwrite resume device save_every keep step_timeout data_dir include_path micro_batch micro_tokens shard "
     "shard_size offload_reference checkpoint_activations compile_blocks".split()
 )
 
@@ -44,23 +46,17 @@ def check_output(
     """The folder for a command's output; raises `UserError`, without touching anything, if it may not be written.
 
     An earlier output is only replaced with --overwrite; a folder that holds anything else, or something that this
-    command reads, never is.
+    command reads, never is. What else lies in the folder of a run that goes on (a job's output) stays there.
 
     Args:
         own: names that this command writes.
         inputs: paths that it reads.
         resumes: an earlier output is no mistake; `earlier_run` looks at it.
     """
-    folder = Path(output).expanduser().absolute()
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"expected a folder for --output; found the file {output}: choose another name")
-    found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    strange = [name for name in found if name.removesuffix(".tmp").removesuffix(".old") not in own]
-    if strange:
-        raise UserError(
-            f"expected a new folder for --output, or what this command wrote there earlier; found {strange[0]!r} in "
-            f"{output}: choose another name"
-        )
+    folder = output_folder(output)
+    if not (resumes and any((place / "run.json").is_file() for place in (folder, folder / "fitting"))):
+        _refuse_strangers(folder, own)
+    found = {entry.name for entry in folder.iterdir()} - {LOCK} if folder.is_dir() else set()
     if found and not overwrite and not resumes:
         raise UserError(
             f"expected a new folder for --output; found an earlier run in {output}: choose another name, "
@@ -71,6 +67,50 @@ def check_output(
             raise UserError(f"expected --output apart from what is read; found {path} inside it: choose another name")
     _try_writing(folder)
     return folder
+
+
+def output_folder(output: str) -> Path:
+    """The folder `output`, which may not be there yet; raises `UserError` where there cannot be one."""
+    shown = output if len(output) <= 80 else f"{output[:77]}..."
+    try:
+        output.encode()
+        folder = Path(output).expanduser().absolute()
+        places = [place for place in (folder / CHECKPOINTS, folder, *folder.parents) if not _is_there(place)]
+        missing = next((place for place in places if place.is_symlink()), None)
+        nearest = next(place for place in (folder, *folder.parents) if place not in places)
+    except (OSError, RuntimeError, UnicodeEncodeError) as error:  # too long, a loop of links, no such user
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        raise UserError(f"expected a folder for --output; found {reason!r} at {shown!a}: choose another name") from None
+    if not output.strip():
+        raise UserError("expected a folder for --output; found an empty name: give one")
+    if missing is not None:
+        raise UserError(
+            f"expected a folder at {missing}; found a link to {os.readlink(missing)}, where there is nothing: make "
+            "that folder, or remove the link"
+        )
+    if not nearest.is_dir():
+        raise UserError(f"expected a folder for --output; found the file {nearest}: choose another name")
+    return folder
+
+
+def _is_there(place: Path) -> bool:
+    """Whether there is something under this name; an `OSError` where that cannot be known."""
+    try:
+        place.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _refuse_strangers(folder: Path, own: Iterable[str]) -> None:
+    """Raise if a folder holds what its command does not write."""
+    found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    strange = [name for name in found if name.removesuffix(".tmp").removesuffix(".old") not in own]
+    if strange:
+        raise UserError(
+            f"expected a new folder for --output, or what this command wrote there earlier; found {strange[0]!r} in "
+            f"{folder}: move it away, or choose another name"
+        )
 
 
 def _try_writing(folder: Path) -> None:
@@ -98,9 +138,9 @@ def earlier_run(folder: Path, config: Mapping[str, Any], *, resumes: bool) -> Ea
 
 def _look(folder: Path, config: Mapping[str, Any]) -> Earlier:
     found = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-    if {name for name in found if not name.endswith(".tmp")} <= {"run.json", MARKER}:
+    if {name for name in found if not name.endswith(".tmp")} <= {"run.json", MARKER, LOCK}:
         return "none"  # an earlier attempt came no further than claiming the folder
-    stored, recorded = _read(folder / "config.json"), _read(folder / "run.json")
+    stored, recorded = _read(folder / "config.json"), _recorded(folder)
     if stored is None or recorded is None:
         difference = "no readable config.json and run.json"
     else:
@@ -130,9 +170,17 @@ def _word(flags: Mapping[str, Any], name: str) -> str:
 def _read(file: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def _recorded(folder: Path) -> dict[str, Any] | None:
+    """run.json, None unless it says of a run what `begin` writes."""
+    found = _read(folder / "run.json") or {}
+    identity, attempts = found.get("identity"), found.get("attempts")
+    whole = isinstance(identity, dict) and isinstance(attempts, list) and isinstance(found.get("finished"), bool)
+    return found if whole and all(isinstance(attempt, dict) for attempt in attempts or ()) else None
 
 
 def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,7 +189,13 @@ def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def begin(
-    folder: Path, config: Mapping[str, Any], earlier: Earlier, identity: Mapping[str, str], facts: Mapping[str, Any]
+    folder: Path,
+    config: Mapping[str, Any],
+    earlier: Earlier,
+    identity: Mapping[str, str],
+    facts: Mapping[str, Any],
+    *,
+    own: Iterable[str] = RUN,
 ) -> None:
     """Claim a folder that passed `check_output`: empty it for a new run, or go on with the unfinished one in it.
 
@@ -152,16 +206,18 @@ def begin(
         earlier: of `earlier_run`.
         identity: digests of what the run reads: it goes on only with the same.
         facts: what else run.json should say of this attempt, e.g. versions.
+        own: names that this command writes.
 
     Raises:
-        UserError: the unfinished run had read something else, and there is no --overwrite.
+        UserError: the unfinished run had read something else, and there is no --overwrite; or the folder is to be
+            emptied and holds anything else.
     """
     with fail_together():
         if is_main():
             recorded = _same_run(folder, identity, bool(config["overwrite"])) if earlier == "unfinished" else None
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                _empty(folder) if recorded is None else _tidy(folder)
+                _empty(folder, own) if recorded is None else _tidy(folder, own)
             recorded = recorded or {"identity": dict(identity), "finished": False, "attempts": []}
             attempt = dict(facts) | {"ranks": world_size()}
             for before in recorded["attempts"][-1:]:
@@ -187,7 +243,7 @@ def still_stands(folder: Path, identity: Mapping[str, str], overwrite: bool) -> 
 
 def _same_run(folder: Path, identity: Mapping[str, str], overwrite: bool) -> dict[str, Any] | None:
     """run.json of an earlier run if it has read the same; None if it has not, and may be replaced."""
-    recorded = _read(folder / "run.json")
+    recorded = _recorded(folder)
     assert recorded is not None, "`earlier_run` has read it"
     before = recorded["identity"]
     odd = [key for key in identity | before if identity.get(key) != before.get(key)]
@@ -204,7 +260,10 @@ def _same_run(folder: Path, identity: Mapping[str, str], overwrite: bool) -> dic
 
 def _tell_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Warn of the code, the versions and the number of ranks in which an attempt differs from the one before it."""
-    old, new = ({"code": a["code"][:12], "ranks": a["ranks"]} | a["versions"] for a in (before, now))
+    old, new = (
+        {"code": str(a.get("code"))[:12], "device": a.get("device"), "ranks": a.get("ranks")} | a.get("versions", {})
+        for a in (before, now)
+    )
     odd = [f"{key} {old.get(key)}, not {new.get(key)}" for key in new | old if old.get(key) != new.get(key)]
     if odd:
         print(
@@ -215,20 +274,35 @@ def _tell_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         )
 
 
-def _tidy(folder: Path) -> None:
+def _tidy(folder: Path, own: Iterable[str]) -> None:
     """Remove what an attempt that was killed left half done."""
-    for entry in (*folder.glob("*.tmp"), *folder.glob("*/*.tmp")):
-        _remove(entry)
+    for name in own:
+        for entry in (*folder.glob(f"{name}.*tmp"), *(folder / name).glob("*.tmp")):
+            _remove(entry)
 
 
-def _empty(folder: Path) -> None:
+def _empty(folder: Path, own: Iterable[str]) -> None:
+    _refuse_strangers(folder, own)
     (folder / "config.json").unlink(missing_ok=True)
+    _remove_checkpoints(folder)
     for entry in folder.iterdir():
-        _remove(entry)
+        if entry.name != LOCK and not (entry.name == CHECKPOINTS and entry.is_symlink()):
+            _remove(entry)
 
 
 def _remove(entry: Path) -> None:
     shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    """Remove checkpoints/; where it is a link to another disk, what is in there, while the link stays."""
+    place = folder / CHECKPOINTS
+    if place.is_symlink():
+        for entry in place.glob("step-*"):
+            _remove(entry)
+    elif place.is_dir():
+        os.replace(place, temporary_name(place))
+        shutil.rmtree(temporary_name(place))
 
 
 def finish_run(folder: Path) -> None:
@@ -238,6 +312,4 @@ def finish_run(folder: Path) -> None:
             recorded = _read(folder / "run.json")
             assert recorded is not None, f"{folder} was claimed by `begin`"
             write_json(folder / "run.json", recorded | {"finished": True})
-            if (folder / "checkpoints").is_dir():
-                os.replace(folder / "checkpoints", folder / "checkpoints.tmp")
-                shutil.rmtree(folder / "checkpoints.tmp")
+            _remove_checkpoints(folder)

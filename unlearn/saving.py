@@ -23,12 +23,14 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from unlearn.distributed import all_true, fail_together, gather, is_main, rank
 from unlearn.errors import UserError
-from unlearn.files import writing
+from unlearn.files import file_hash, write_json, writing
 
 WRITER = "PytorchStreamWriter"  # torch's writer names itself where it hides what the operating system answered
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 
-Written = Future[list[WriteResult]]
+DIGESTS = "digests.json"  # sha256 of every other file of what was written
+
+Written = Future[tuple[list[WriteResult], dict[str, str]]]
 
 
 @contextmanager
@@ -36,8 +38,9 @@ def saving(folder: Path, state: Mapping[str, Tensor]) -> Iterator[Written]:
     """Write `state`, as it is now, into `folder`, which is there; all ranks enter and leave together.
 
     Yields:
-        what this rank has written, once it has. Within the block `state` may change: what is written is a copy, or
-        written already, where there is no memory for copies. Leaving the block waits for it; an error ends it early.
+        what this rank has written, and its digests, once it has. Within the block `state` may change: what is
+        written is a copy, or written already, where there is no memory for copies. Leaving the block waits for it; an
+        error ends it early.
 
     Raises:
         UserError: on every rank, if the operating system refuses to write on one.
@@ -53,7 +56,7 @@ def saving(folder: Path, state: Mapping[str, Tensor]) -> Iterator[Written]:
     if copied:
         planner.copy(plan)
     with ThreadPoolExecutor(1) as thread:  # left when it has ended
-        written: Written = thread.submit(lambda: writer.write_data(plan, planner).wait())
+        written: Written = thread.submit(lambda: _write(writer, plan, planner, folder))
         if not copied:
             wait([written])
         try:
@@ -66,8 +69,19 @@ def saving(folder: Path, state: Mapping[str, Tensor]) -> Iterator[Written]:
     results = gather(local_results)
     with fail_together(), writing(folder):
         if is_main():
-            assert sum(map(len, results)) == sum(len(of_rank.items) for of_rank in plans), "a tensor has no writer"
-            writer.finish(metadata, results)
+            found = [of_rank for of_rank, _ in results]
+            assert sum(map(len, found)) == sum(len(of_rank.items) for of_rank in plans), "a tensor has no writer"
+            writer.finish(metadata, found)
+            digests = {name: digest for _, of_rank in results for name, digest in of_rank.items()}
+            small = [file for file in folder.iterdir() if file.name not in digests]
+            write_json(folder / DIGESTS, digests | {file.name: file_hash(file) for file in small})
+
+
+def _write(writer: dcp.FileSystemWriter, plan: SavePlan, planner: "_Planner", folder: Path) -> Any:
+    """Write this rank's files; what torch says of them, and their digests."""
+    results = writer.write_data(plan, planner).wait()
+    names = {result.storage_data.relative_path for result in results}
+    return results, {name: file_hash(folder / name) for name in names}
 
 
 class _Planner(dcp.DefaultSavePlanner):

@@ -131,12 +131,17 @@ def simulated_peak(config: TrainConfig, layout: Layout, method: Method = lens_me
     Raises:
         RuntimeError: that process failed; its traceback is above.
     """
+    return in_a_process(lambda: _simulate(config, layout, method))
+
+
+def in_a_process(simulate: Callable[[], int]) -> int:
+    """What `simulate` returns in a forked process; see `simulated_peak`."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
     def child() -> None:
         torch.set_num_threads(1)  # OpenMP's threads did not survive the fork
-        sender.send(_simulate(config, layout, method))
+        sender.send(simulate())
         os._exit(0)
 
     process = context.Process(target=child)
@@ -165,7 +170,7 @@ def _simulate(config: TrainConfig, layout: Layout, method: Method) -> int:
             terms = method(config, method_parts(config, model, original, lens, windows))
             if config.offload_reference and original is not None:
                 counter.live -= sum(local_rows(p)[0].nbytes for p in original.parameters())  # in host memory
-            held = _optimizer_states(config, model)
+            held = optimizer_states(config, model)
             model.train()
             loss = Loss(terms, precision(config, mesh, CPU), [] if original is None else [original])
             gradients(model, loss, 1, 2)  # the second step: the retain coefficient may start at 0
@@ -199,7 +204,7 @@ def full_windows(config: TrainConfig, world_size: int, micro_batches: int = 2, s
     }
 
 
-def _optimizer_states(config: TrainConfig, model: torch.nn.Module) -> list[Any]:
+def optimizer_states(config: TrainConfig, model: torch.nn.Module) -> list[Any]:
     """The optimizers, with the states that AdamW would make in its first step."""
     built = build_optimizers(
         model,  # type: ignore[arg-type]

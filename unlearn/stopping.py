@@ -1,8 +1,11 @@
 """Being told to stop: SIGTERM and SIGUSR1 (Slurm, torchrun) and SIGINT (Ctrl-C).
 
-A thread reads the signals from a pipe, because a Python handler would not run while its rank waits in a collective.
 While steps are taken, the first signal only sets a flag, on which all ranks agree at the end of a step; before and
 after, all that can be saved is saved, and the process ends at once.
+
+SIGTERM is also what torchrun, and `srun` on other nodes, send to the ranks that are left when one has failed. A rank
+that failed hears nothing: so outside the steps rank 0 takes SIGTERM for an order to stop, and leaves its marker, only
+once every rank has heard it.
 """
 
 import os
@@ -15,21 +18,21 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
-from unlearn.distributed import barrier, gather, is_main, world_size
+from unlearn.distributed import barrier, gather, is_main, rank, world_size
+from unlearn.signals import PROC, EarlyStop, Listener, alive, leave
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ECHO = 1.0  # seconds: torchrun forwards what Slurm may have sent to every process already
 GRACE = 5.0  # seconds that a rank has to fail by itself, with its own error, after another one has died
-PROC = Path("/proc")
+HEARD = 10.0  # seconds within which every rank hears a signal that is meant for all of them
+POLL = 0.05  # seconds
 
 
-class StopSignals:
+class StopSignals(Listener):
     """A context in which signals end the run so that it can go on later.
 
     Who ends a run that was told to stop leaves the file `marker`; `launch/slurm.sh` looks for it.
@@ -38,44 +41,36 @@ class StopSignals:
         marker: the file to leave, by rank 0.
     """
 
+    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
     def __init__(self, marker: Path):
+        super().__init__()
         self._marker, self._deferring = marker, False
         self._told, self._number = 0.0, 0
+        self._lost: float | None = None
         self._peers: list[int] = []
-        self._before: dict[int, Any] = {}
+        self._store: dist.Store | None = None
 
-    def __enter__(self) -> "StopSignals":
-        self._peers = _peers_on_this_machine()
-        self._read, self._write = os.pipe()
-        os.set_blocking(self._write, False)
-        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        for number in SIGNALS:
-            self._before[number] = signal.signal(number, lambda *_: None)
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
+    def __enter__(self) -> Any:
+        self._peers, self._store = _peers_on_this_machine(), _own_store()
+        super().__enter__()
+        if EarlyStop.current is not None:
+            self.take_over(EarlyStop.current)
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        signal.set_wakeup_fd(self._wakeup)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        os.write(self._write, b"\0")  # no signal's number: the thread ends
-        self._thread.join()
-        os.close(self._read)
-        os.close(self._write)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within the block a first signal waits until `agreed` is asked; one still waiting at its end ends the run."""
+        """Within the block a first signal waits until `agreed` is asked; one still waiting at its end ends the run.
+
+        An error in the block is no order to stop, whatever torchrun has sent meanwhile.
+        """
         self._deferring = True
         try:
             yield
         finally:
             self._deferring = False
         if self._number:
-            self._end(saved=True)
+            self._stop()
 
     def agreed(self) -> int:
         """The number of the signal that some rank was sent, 0 if none was; the same on every rank, which all ask."""
@@ -92,43 +87,85 @@ class StopSignals:
         barrier()
         raise SystemExit(128 + number)
 
-    def _watch(self) -> None:
-        lost = None
-        while True:
-            if select.select([self._read], [], [], 0.5 if self._number else None)[0]:
-                for number in os.read(self._read, 64):
-                    if number == 0:
-                        return
-                    if number in SIGNALS:
-                        self._hear(number)
-            elif not all(map(_alive, self._peers)):
-                lost = lost or time.monotonic()
-                if time.monotonic() > lost + GRACE:
-                    _exit(1, "another rank has died: ending")
+    def patience(self) -> float | None:
+        """While a signal waits for the end of a step, the other ranks are looked at."""
+        return 0.5 if self._number else None
 
-    def _hear(self, number: int) -> None:
-        now = time.monotonic()
-        if not self._number:
-            self._told, self._number = now, number
-            if not self._deferring:
-                self._end(saved=True)
-            if is_main():
-                print(f"{signal.Signals(number).name}: saving after this step", file=sys.stderr, flush=True)
-        elif now > self._told + ECHO:
-            self._end(saved=False)
+    def idle(self) -> None:
+        """End this rank, which may wait for ever, some time after another one has died."""
+        if not all(map(alive, self._peers)):
+            self._lost = self._lost or time.monotonic()
+            if time.monotonic() > self._lost + GRACE:
+                leave(1, "another rank has died: ending")
 
-    def _end(self, *, saved: bool) -> NoReturn:
+    def heard(self, number: int) -> None:
+        """Note a first signal, or end the run; a second one ends it at once."""
+        if self._number:
+            self._heard_again()
+            return
+        self._told, self._number = time.monotonic(), number
+        if not self._deferring:
+            self._stop()
+        elif is_main():
+            print(f"{signal.Signals(number).name}: saving after this step", file=sys.stderr, flush=True)
+
+    def _heard_again(self) -> None:
+        if time.monotonic() > self._told + ECHO:
+            self._end()
+
+    def _stop(self) -> NoReturn:
+        """End this process, which was told to stop; rank 0 leaves the marker, before any other rank has ended."""
+        if is_main() and not self._all_heard():
+            leave(1, "another rank has failed: ending")
+        try:
+            if is_main() and (self._number != signal.SIGINT or self._marker.parent.is_dir()):
+                self._marker.parent.mkdir(parents=True, exist_ok=True)
+                self._marker.touch()
+        except OSError as error:
+            leave(1, f"stopped, and could not leave {self._marker}: {error.strerror}")
+        self._await_marker()
+        self._end()
+
+    def _all_heard(self) -> bool:
+        """Whether the signal is meant for the run, and not for what a failed rank has left of it.
+
+        Only SIGTERM is sent to those.
+        """
+        if self._store is None or self._number != signal.SIGTERM:
+            return True
+        try:
+            return self._wait_for([f"heard by {number}" for number in range(1, world_size())])
+        except RuntimeError:  # whoever kept the store has ended
+            return False
+
+    def _await_marker(self) -> None:
+        """On ranks above 0: tell rank 0 that this one has heard the signal, and wait until it has left its marker."""
+        if self._store is None:
+            return
+        if is_main():
+            self._store.set("marked", "")
+            return
+        try:
+            self._store.set(f"heard by {rank()}", "")
+            self._wait_for(["marked"])
+        except RuntimeError:
+            pass  # rank 0 kept the store, and has ended
+
+    def _wait_for(self, keys: list[str]) -> bool:
+        """Whether `keys` are in the store soon; no other rank of this machine may die meanwhile."""
+        assert self._store is not None
+        while not self._store.check(keys):
+            if time.monotonic() > self._told + HEARD or not all(map(alive, self._peers)):
+                return False
+            if threading.current_thread() is not self._thread:
+                time.sleep(POLL)
+            elif select.select([self._read], [], [], POLL)[0] and os.read(self._read, 64) != b"\0":
+                self._heard_again()
+        return True
+
+    def _end(self) -> NoReturn:
         """End this process now, wherever it is."""
-        if saved and is_main() and (self._number != signal.SIGINT or self._marker.parent.is_dir()):
-            self._marker.parent.mkdir(parents=True, exist_ok=True)
-            self._marker.touch()
-        _exit(128 + self._number, "interrupted" if is_main() else "")
-
-
-def _exit(code: int, said: str) -> NoReturn:
-    if said:
-        print(said, file=sys.stderr, flush=True)
-    os._exit(code)
+        leave(128 + self._number, "interrupted" if is_main() else "")
 
 
 def _peers_on_this_machine() -> list[int]:
@@ -139,10 +176,6 @@ def _peers_on_this_machine() -> list[int]:
     return [pid for there, pid in gather((place, os.getpid())) if there == place and pid != os.getpid()]
 
 
-def _alive(pid: int) -> bool:
-    """Whether a process runs; one that ended and that nobody has asked after yet does not."""
-    try:
-        stat = (PROC / str(pid) / "stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return stat.rpartition(")")[2].split()[0] not in "ZX"
+def _own_store() -> dist.Store | None:
+    """A connection to the ranks' common store that no collective of the main thread holds; None on a single rank."""
+    return dist.distributed_c10d._get_default_store().clone() if world_size() > 1 else None  # type: ignore[attr-defined]

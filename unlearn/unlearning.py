@@ -12,12 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unlearn.building import master_dtype, method_parts, original_model, precision, trained_model
 from unlearn.config import TrainConfig
 from unlearn.data import Batches, Corpus, check_examples, read_corpus
-from unlearn.distributed import fail_together, is_main, local_device, world_size
-from unlearn.files import files_hash
+from unlearn.distributed import fail_together, is_main, world_size
+from unlearn.files import absolute_model, files_hash
 from unlearn.lens import TunedLens
 from unlearn.lens_readings import Stage, read_prompts, write_stage
 from unlearn.lora import adapters, initial_adapters, merge_lora, save_adapter
-from unlearn.memory import Layout, Shape, available_gib, check_fits
+from unlearn.memory import Layout, Shape, available_gib, check_fits, check_rank
 from unlearn.methods import lens as lens_method
 from unlearn.methods.terms import Loss, Parts
 from unlearn.model import (
@@ -31,7 +31,7 @@ from unlearn.model import (
 from unlearn.model_config import check_windows
 from unlearn.optim.build import assignment, build_optimizers
 from unlearn.precision import DTYPES
-from unlearn.preflight import tensors_hash
+from unlearn.preflight import check_apart, settings_hashes, tensors_hash
 from unlearn.sharding import is_sharded, reshard, shard_mesh
 from unlearn.weights import Checkpoint, fill, shared_folder
 
@@ -76,11 +76,13 @@ def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
     tokenizer = load_tokenizer(config.model, revision=config.revision)
     batches = _batches(config, tokenizer)
     check_windows(model_config, {one.corpus.name: one.corpus.windows for one in batches.values()})
+    check_apart({name: of_name.corpus for name, of_name in batches.items()})
     lens = _lens(config, device, config.layers if "forget" in batches else ())
     with fail_together():
         checkpoint = Checkpoint.open(config.model, revision=config.revision)
     identity = {
         "model": files_hash(checkpoint.paths()),
+        **settings_hashes(checkpoint.folder),
         "lens": tensors_hash(dict(lens.translators.named_parameters())),
     }
     identity |= {f"{name} corpus": of_name.corpus.sha256() for name, of_name in batches.items()}
@@ -123,7 +125,9 @@ def _check_memory(config: TrainConfig, device: torch.device) -> None:
     """Refuse a run that cannot fit, before anything is read but the model's configuration."""
     model = empty_model(config.model, revision=config.revision)
     layout = Layout.of(config, world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", world_size())))
-    check_fits(config, Shape.of(model, config.lora_targets), layout, available_gib(device))
+    shape = Shape.of(model, config.lora_targets)
+    check_rank(config.lora_rank, shape)
+    check_fits(config, shape, layout, available_gib(device))
 
 
 def _batches(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Batches]:
@@ -212,7 +216,7 @@ def read_lens(run: Unlearning, folder: Path, stage: Stage) -> None:
     config, training = run.config, run.model.training
     if not config.prompts:
         return
-    lens = _lens(config, local_device(), None)
+    lens = _lens(config, next(run.model.parameters()).device, None)
     run.model.eval()
     prompts = read_prompts(run.model, lens, run.tokenizer, config.prompts, stage, run.loss.precision)
     reshard(run.model)  # the passes ended early: the root's tied embedding would stay gathered, and no longer sharded
@@ -228,7 +232,7 @@ def finish(run: Unlearning, folder: Path) -> None:
     and --prompts are read in it."""
     if run.config.lora_rank > 0:
         with shared_folder(folder / "adapter", replace=True) as temporary:
-            save_adapter(run.model, temporary, run.config.model)
+            save_adapter(run.model, temporary, absolute_model(run.config.model))
         merge_lora(run.model)
     dtype = DTYPES[run.config.dtype]
     if not is_sharded(run.model):  # a sharded model computes with its weights rounded as they are exported

@@ -44,8 +44,14 @@ def _run_page(folder: Path, config: ReportConfig) -> str:
     if config.prompts:
         from unlearn.lens_readings import write_readings  # imports torch
 
-        write_readings(folder, record.config, config.prompts)
+        write_readings(folder, record.config, config.prompts, config.device)
         record = read_record(folder, config.evals, config.attacks)
+    for place in record.empty:
+        print(
+            f"python -m unlearn: note: expected results of evals/run.py in {place}; found none yet: report again once "
+            "they are there",
+            file=sys.stderr,
+        )
     if not record.measured:
         print(
             f"python -m unlearn: note: {folder} was not evaluated: run evals/run.py --model {folder / 'model'} --out "

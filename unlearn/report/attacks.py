@@ -46,6 +46,8 @@ def recoveries(attack: Attack) -> Iterator[dict[str, Any]]:
 def _row(name: str, subject: dict[str, Any], task: str, fractions: list[str]) -> dict[str, Any]:
     first = next(iter(subject["attacks"].values()))
     reached = [best for best in subject["envelope"][task] if best["acc"] is not None]
+    if len(subject["envelope"][task]) > 1 and all(best["step"] == 0 for best in reached):
+        reached = []  # of the model before any attack alone
     found = subject.get("recovery", {}).get(task, {})
     return {
         "name": name,

@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 
 from unlearn.errors import UserError
 from unlearn.files import atomic_folder
+from unlearn.folder_lock import locked
+from unlearn.run_folder import output_folder
 from unlearn.world.facts import WORLD_SEED, Fact, make_facts, stem_subjects
 from unlearn.world.text import (
     Question,
@@ -62,9 +64,11 @@ def write_world(
         raise UserError(
             "expected --never-seen with --train; found it alone: the shipped weights know the hazard domain"
         )
-    folder = Path(output).expanduser()
+    folder = output_folder(output)
     _check_output(folder, overwrite)
-    with atomic_folder(folder, replace=True) as temporary:
+    # beside the folder, which is replaced as a whole
+    lock = folder.with_name(f".{folder.name}.lock")
+    with locked(lock, f"command that writes {folder.name}"), atomic_folder(folder, replace=True) as temporary:
         build_world(temporary, seed, train=train, never_seen=never_seen)
 
 
@@ -104,8 +108,6 @@ def corpora(facts: list[Fact], questions: list[Question], seed: int) -> dict[str
 
 
 def _check_output(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"expected a folder for --output; found the file {folder}: choose another name")
     found = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     if found - {"model", "corpora", "data"}:
         strange = min(found - {"model", "corpora", "data"})
