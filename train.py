@@ -1,17 +1,18 @@
-"""Unlearn a model: push what a tuned lens reads off its target layers towards uniform on forget text, hold it to its
-original on retain text, then evaluate and export it.
+"""Unlearn a model by a method, then evaluate and export it. By default: push what a tuned lens reads off its target
+layers towards uniform on forget text, and hold it to its original on retain text.
 
 One process:   python train.py --optimizer muon
 Four GPUs:     torchrun --nproc_per_node 4 train.py --optimizer muon
 LoRA:          torchrun --nproc_per_node 4 train.py --lora-rank 16
-All flags:     python train.py --help
+Another way:   torchrun --nproc_per_node 4 train.py --method rmu
+All flags:     python train.py --help, python train.py --method rmu --help
 """
 
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unlearn.config import TrainConfig, parse_flags
+from unlearn.config import TrainConfig, parse_method_flags
 from unlearn.errors import run_command
 from unlearn.signals import EarlyStop
 
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
     from evals.evaluation import Evaluation
     from unlearn.attempt import Attempt
     from unlearn.metrics import MetricsLog
-    from unlearn.unlearning import Inputs, Unlearning
+    from unlearn.unlearning import Unlearning
 
 
 def main() -> None:
-    config = parse_flags(TrainConfig)
+    config = parse_method_flags(TrainConfig)
     with EarlyStop(config.output):
         run(config)
 
@@ -35,18 +36,18 @@ def run(config: TrainConfig) -> None:
     with process_group(config.device) as device:
         from unlearn.attempt import attempt
         from unlearn.run_folder import RUN
-        from unlearn.unlearning import build, export_bytes, read_inputs
+        from unlearn.unlearning import assemble, export_bytes, fill_models
 
-        inputs = (config.model, config.lens, config.forget, config.retain)
+        inputs = (config.model, getattr(config, "lens", None), config.forget, config.retain)
         with attempt(config, str(config.output), RUN, inputs, device) as this:
-            found = read_inputs(config, device)
-            evaluation = _prepare(config, found)
+            found = assemble(config, device)
+            evaluation = _prepare(found)
             identity = found.identity | ({} if evaluation is None else {"questions": evaluation.sha256()})
             finished = this.stands(identity)
             if not finished:
-                built = build(config, device, found)
-                this.claim(identity, built.optimizers, export_bytes(built))
-                unlearn(built, this, evaluation)
+                fill_models(found)
+                this.claim(identity, found.optimizers, export_bytes(found))
+                unlearn(found, this, evaluation)
             if is_main():
                 print(f"{'finished before: ' if finished else ''}unlearned model: {this.folder / 'model'}")
 
@@ -85,8 +86,9 @@ def unlearn(run: "Unlearning", this: "Attempt", evaluation: "Evaluation | None")
     this.finish()
 
 
-def _prepare(config: TrainConfig, found: "Inputs") -> "Evaluation | None":
+def _prepare(found: "Unlearning") -> "Evaluation | None":
     """Read the questions before the first step, so that a wrong task name costs no training."""
+    config = found.config
     if not config.eval_tasks:
         return None
     from evals.evaluation import Evaluation

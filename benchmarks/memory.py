@@ -22,8 +22,9 @@ import torch
 from step import TRUE
 from torch import Tensor
 
-from unlearn.building import original_model
-from unlearn.config import TrainConfig
+from unlearn.blank import needs_of
+from unlearn.building import method_terms, original_model
+from unlearn.config import TrainConfig, configure
 from unlearn.data import Rows
 from unlearn.losses import kl_divergence
 from unlearn.memory import GIB, Layout, Shape, peak_gib
@@ -35,7 +36,7 @@ from unlearn.simulate import simulated_peak
 WHOLE = 1 << 40  # a chunk that holds every token
 
 
-def joint_graph(config: TrainConfig, parts: Parts) -> list[Term]:
+def joint_graph(config: Any, parts: Parts) -> list[Term]:
     """The lens's graph kept beside the model's, all layers at once, instead of two stages."""
     forget, retain = lens_method.terms(config, parts)
     read_off = lens_method.ReadOff(config, parts, 0)
@@ -49,7 +50,7 @@ def joint_graph(config: TrainConfig, parts: Parts) -> list[Term]:
     return [dataclasses.replace(forget, cost=cost), retain]
 
 
-def whole_logits(config: TrainConfig, parts: Parts) -> list[Term]:
+def whole_logits(config: Any, parts: Parts) -> list[Term]:
     """[tokens, V] float32 log-probabilities of every layer at once: the documented out-of-memory."""
 
     def per_token(hidden: Tensor, unembedding: Tensor, softcap: float | None = None) -> tuple[Tensor, Tensor]:
@@ -84,7 +85,7 @@ class Stored:
         return torch.tensor(0.0), {}
 
 
-def stored_gradients(config: TrainConfig, parts: Parts) -> list[Term]:
+def stored_gradients(config: Any, parts: Parts) -> list[Term]:
     """See `Stored`."""
     forget, retain = lens_method.terms(config, parts)
     read_off = lens_method.ReadOff(config, parts, 0)
@@ -136,7 +137,7 @@ class Both:
         return torch.tensor(0.0), {}
 
 
-def one_backward(config: TrainConfig, parts: Parts) -> list[Term]:
+def one_backward(config: Any, parts: Parts) -> list[Term]:
     """Both terms' losses first, one backward for both."""
     forget, retain = stored_gradients(config, parts)
 
@@ -149,7 +150,7 @@ def one_backward(config: TrainConfig, parts: Parts) -> list[Term]:
 def rows(config: TrainConfig, layout: Layout) -> Iterator[tuple[str, Callable[[], float]]]:
     """(what was changed, a function that simulates it)."""
 
-    def simulate(other: TrainConfig = config, method: Any = lens_method.terms) -> float:
+    def simulate(other: TrainConfig = config, method: Any = method_terms) -> float:
         return simulated_peak(other, layout, method) / GIB
 
     def patched(target: str, value: Any) -> float:
@@ -165,7 +166,9 @@ def rows(config: TrainConfig, layout: Layout) -> Iterator[tuple[str, Callable[[]
     yield "all layers' gradients kept", lambda: simulate(method=stored_gradients)
     yield (
         "a whole copy of the original on every GPU",
-        lambda: patched("unlearn.simulate.original_model", lambda other, mesh: original_model(other, None)),
+        lambda: patched(
+            "unlearn.simulate.original_model", lambda other, mesh, needs: original_model(other, None, needs)
+        ),
     )
     yield "one backward for both terms", lambda: simulate(method=one_backward)
     yield "float32 compute", lambda: simulate(dataclasses.replace(config, dtype="fp32"))
@@ -181,11 +184,14 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(TRUE))
-        config = TrainConfig(
+        config = configure(
             model=folder, optimizer="muon", layers=tuple(range(1, 33)), micro_batch=arguments.micro_batch
         )
         layout = Layout(4, 4)
-        print(f"{'formula':44}{peak_gib(config, Shape.of(empty_model(folder)), layout):8.1f} GiB", flush=True)
+        print(
+            f"{'formula':44}{peak_gib(config, Shape.of(empty_model(folder)), layout, needs_of(config)):8.1f} GiB",
+            flush=True,
+        )
         for name, simulate in rows(config, layout):
             if arguments.only in name:
                 started = time.monotonic()

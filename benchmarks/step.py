@@ -13,22 +13,23 @@ import json
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from unlearn.building import method_parts, original_model, precision, trained_model
-from unlearn.config import TrainConfig
+from unlearn.blank import blank_lens, full_windows, needs_of
+from unlearn.building import method_parts, method_terms, original_model, precision, trained_model
+from unlearn.config import TrainConfig, configure
 from unlearn.distributed import process_group, world_size
+from unlearn.lens import TunedLens
 from unlearn.memory import GIB, Layout, Shape, flops_per_step, peak_gib
-from unlearn.methods import lens as lens_method
 from unlearn.methods.terms import Loss
 from unlearn.model import empty_model
 from unlearn.optim.build import build_optimizers
 from unlearn.sharding import shard_mesh
-from unlearn.simulate import blank_lens, full_windows
 from unlearn.trainer import check_gradients, clip_gradients, gradients
 from unlearn.weights import local_rows, materialise
 
@@ -82,7 +83,15 @@ def configured(folder: str, shape: dict[str, Any], flags: dict[str, Any], device
     dtype: Literal["bf16", "fp32"] = "bf16" if device.type == "cuda" else "fp32"
     layers = tuple(range(5, depth, 5)) if depth > 6 else (2, 4)
     length = shape["max_position_embeddings"]
-    return TrainConfig(model=folder, layers=layers, seq_len=length, dtype=dtype, retain_start=1.0, **flags)
+    return configure(model=folder, layers=layers, seq_len=length, dtype=dtype, retain_start=1.0, **flags)
+
+
+def random_lens(config: TrainConfig, device: torch.device, layers: tuple[int, ...]) -> TunedLens:
+    """A lens of random numbers."""
+    lens = blank_lens(config, layers, device)
+    for parameter in lens.parameters():
+        parameter.data.normal_(std=0.02)
+    return lens
 
 
 class Run:
@@ -90,19 +99,17 @@ class Run:
 
     def __init__(self, config: TrainConfig, device: torch.device):
         mesh = shard_mesh(config.shard_kind(world_size()), config.shard_size, device)
-        self.model, original = trained_model(config, mesh), original_model(config, mesh)
+        needs = needs_of(config)
+        self.model, original = trained_model(config, mesh), original_model(config, mesh, needs)
         for model in (self.model, original):
             if model is not None:
                 materialise(model, device)
                 for parameter in model.parameters():
                     local_rows(parameter)[0].normal_(std=0.02)
-        lens = blank_lens(config, device)
-        for parameter in lens.parameters():
-            parameter.data.normal_(std=0.02)
         windows = full_windows(config, world_size(), micro_batches=2)
-        self.parts = method_parts(config, self.model, original, lens, windows)
+        self.parts = method_parts(config, self.model, original, windows, partial(random_lens, config, device), device)
         frozen = [] if original is None else [original]
-        self.loss = Loss(lens_method.terms(config, self.parts), precision(config, mesh, device), frozen)
+        self.loss = Loss(method_terms(config, self.parts), precision(config, mesh, device), frozen)
         self.optimizers = build_optimizers(
             self.model,
             optimizer=config.optimizer,
@@ -126,7 +133,9 @@ class Run:
 def measure(config: TrainConfig, device: torch.device, steps: int) -> str:
     """One line of the table: a warm-up step, then the median of `steps`."""
     shape = Shape.of(empty_model(config.model))
-    planned = peak_gib(config, shape, Layout(world_size(), world_size() if config.shard == "full" else 1))
+    planned = peak_gib(
+        config, shape, Layout(world_size(), world_size() if config.shard == "full" else 1), needs_of(config)
+    )
     _clear(device)
     run, times = Run(config, device), []
     for _ in range(steps + 1):
@@ -138,7 +147,7 @@ def measure(config: TrainConfig, device: torch.device, steps: int) -> str:
     seconds = statistics.median(times[1:])
     windows = run.parts.batches["forget"].batch
     tokens = 2 * windows * config.seq_len  # forget and retain
-    tflops = flops_per_step(config, shape) * windows / config.batch / seconds / world_size() / 1e12
+    tflops = flops_per_step(config, shape, needs_of(config)) * windows / config.batch / seconds / world_size() / 1e12
     measured = f"{torch.cuda.max_memory_allocated() / GIB:13.2f}" if device.type == "cuda" else f"{'-':>13}"
     share = f"{tflops / PEAK_TFLOPS:7.1%}" if device.type == "cuda" else f"{'-':>7}"
     return f"{tokens / seconds:10,.0f}{tflops:9.2f}{share}{seconds:8.2f}{planned:9.2f}{measured}"

@@ -7,18 +7,20 @@ lens, and one term of gradients.
 import math
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from evals.fine_tuning import AttackFlags
 from evals.tamper_config import Attack, TamperConfig
-from unlearn.config import TrainConfig
+from unlearn.config import TrainConfig, configure
 from unlearn.data import Batches
 from unlearn.distributed import world_size
 from unlearn.errors import UserError
 from unlearn.files import size
 from unlearn.losses import CHUNK
 from unlearn.memory import DTYPE_BYTES, GIB, Layout, Shape, available_gib, check_rank, micro_tokens, one_block, terms
+from unlearn.methods.terms import Needs
 from unlearn.model import empty_model
 
 BLOCK = ("one block's backward pass", "gathered blocks")  # of `terms`, beside what is held all the time
@@ -55,8 +57,8 @@ def as_training(flags: AttackFlags, batches: Batches, kind: str, shard_size: int
     """The unlearning run that trains as the attack does: on retain text alone, at the attack's longest windows."""
     rows = min(flags.micro_batch, math.ceil(batches.batch / ranks))
     longest = max(len(batches.corpus.windows[index]) for index in set(batches.order))
-    lora = {"lora_alpha": flags.lora_alpha, "lora_dropout": 0.0, "lora_targets": flags.lora_targets}
-    return TrainConfig(
+    lora: dict[str, Any] = {"lora_alpha": flags.lora_alpha, "lora_dropout": 0.0, "lora_targets": flags.lora_targets}
+    return configure(
         model=flags.model,
         revision=flags.revision,
         remove_coef=0.0,
@@ -65,10 +67,10 @@ def as_training(flags: AttackFlags, batches: Batches, kind: str, shard_size: int
         micro_batch=rows,
         seq_len=max(3, longest),
         dtype=flags.dtype,
-        shard=kind,  # type: ignore[arg-type]
+        shard=kind,
         shard_size=shard_size,
         checkpoint_activations=flags.checkpoint_activations,
-        **(lora if flags.lora_rank else {}),  # type: ignore[arg-type]
+        **(lora if flags.lora_rank else {}),
     )
 
 
@@ -78,7 +80,7 @@ def attack_terms(config: TrainConfig, shape: Shape, layout: Layout) -> dict[str,
     Args:
         config: of `as_training`.
     """
-    found = terms(config, shape, layout)
+    found = terms(config, shape, layout, [Needs(original=True)] * 2)
     found.pop("reference", None)
     if config.shard_kind(layout.world_size) == "replicate":
         found["gradients"] /= 2  # there is one term of the loss

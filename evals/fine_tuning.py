@@ -25,8 +25,8 @@ from unlearn.distributed import TIMEOUT, fail_together, is_main, set_timeout
 from unlearn.errors import NotFinite, UserError
 from unlearn.files import write_json
 from unlearn.lora import initial_adapters, merge_lora
-from unlearn.methods import next_token
-from unlearn.methods.terms import Loss
+from unlearn.methods.retain import prediction
+from unlearn.methods.terms import Loss, Term
 from unlearn.metrics import MetricsLog
 from unlearn.model import fresh_weights, save_model
 from unlearn.optim.build import build_optimizers, make_schedule
@@ -194,7 +194,7 @@ def attack_model(
         try:
             train(
                 model,
-                Loss(next_token.terms(model, batches), precision),
+                Loss([Term("text", batches, prediction(model))], precision),
                 optimizers,
                 steps=batches.steps,
                 schedule=make_schedule(flags.schedule, batches.steps, flags.warmup_ratio),

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ import tyro
 from evals.targets import Target, check_targets, parse_target
 from launch.jobs import Slurm
 from launch.search import PUSH, Space, Values
-from unlearn.config import TrainConfig, parse_flags
+from unlearn.config import TrainConfig, config_of, named_method, parse_flags, parse_method_flags
 from unlearn.errors import UserError
 
 OWN = ("output", "overwrite", "seed")  # flags of train.py that the sweep sets
@@ -138,7 +139,7 @@ class Sweep:
 
     def settings(self, values: Values, seed: int) -> TrainConfig:
         """The configuration that train.py makes of them."""
-        return parse_flags(TrainConfig, self.train_words(values, seed))
+        return parse_method_flags(TrainConfig, self.train_words(values, seed))
 
     def identity(self) -> dict[str, Any]:
         """What makes this sweep another one if it changes: all flags but the budget and where trials run."""
@@ -148,11 +149,10 @@ class Sweep:
         return flags | {"train.py flags": list(self.train_flags)}
 
 
-class _Given(TrainConfig):
+@cache
+def _given(method: str) -> type[TrainConfig]:
     """train.py's flags as given, before its checks and defaults: one value of a grid is no complete run."""
-
-    def __post_init__(self) -> None:
-        pass
+    return type("Given", (config_of(method),), {"__post_init__": lambda self: None})
 
 
 def read_sweep(arguments: Sequence[str] | None = None) -> Sweep:
@@ -165,16 +165,17 @@ def read_sweep(arguments: Sequence[str] | None = None) -> Sweep:
     end = words.index("--") if "--" in words else len(words)
     config, train_flags = parse_flags(SweepConfig, words[:end]), tuple(words[end + 1 :])
     config.check()
-    flags = _read_grid(config.grid)
+    method = named_method(train_flags)
+    flags = _read_grid(config.grid, method)
     _refuse_repeated(flags, train_flags)
-    _check_points(flags, train_flags)
+    _check_points(flags, train_flags, method)
     push = _push(flags) if config.search == "boundary" else None
     return Sweep(config, train_flags, Space(flags, push, config.seeds, config.seed))
 
 
-def _read_grid(grid: Sequence[str]) -> dict[str, tuple[str, ...]]:
+def _read_grid(grid: Sequence[str], method: str) -> dict[str, tuple[str, ...]]:
     """Flags and their values as typed."""
-    known = [field.name.replace("_", "-") for field in dataclasses.fields(TrainConfig)]
+    known = [field.name.replace("_", "-") for field in dataclasses.fields(config_of(method))]
     flags: dict[str, tuple[str, ...]] = {}
     for part in grid:
         flag, equals, listed = part.partition("=")
@@ -199,14 +200,14 @@ def _refuse_repeated(flags: dict[str, tuple[str, ...]], train_flags: Sequence[st
             raise UserError(f"expected each flag of train.py in one place; found {word} after --, set by {where} too")
 
 
-def _check_points(flags: dict[str, tuple[str, ...]], train_flags: Sequence[str]) -> None:
+def _check_points(flags: dict[str, tuple[str, ...]], train_flags: Sequence[str], method: str) -> None:
     """Raise unless train.py would take every point."""
-    shared = _as_dict(parse_flags(_Given, train_flags))
-    typed = {(flag, value): _read_value(flag, value) for flag, values in flags.items() for value in values}
+    shared = _as_dict(parse_flags(_given(method), train_flags))
+    typed = {(flag, value): _read_value(flag, value, method) for flag, values in flags.items() for value in values}
     for point in Space(flags).points():
         fields = shared | {flag.replace("-", "_"): typed[flag, value] for flag, value in point}
         try:
-            TrainConfig(**fields)
+            config_of(method)(**fields)
         except UserError as error:
             shown = " ".join(f"--{flag} {value}" for flag, value in point)
             raise UserError(
@@ -214,11 +215,11 @@ def _check_points(flags: dict[str, tuple[str, ...]], train_flags: Sequence[str])
             ) from None
 
 
-def _read_value(flag: str, value: str) -> Any:
+def _read_value(flag: str, value: str, method: str) -> Any:
     """One value of the grid, in the type of its flag."""
     try:
         with redirect_stderr(StringIO()):
-            given = tyro.cli(_Given, args=[f"--{flag}", *value.split()])
+            given = tyro.cli(_given(method), args=[f"--{flag}", *value.split()])
     except SystemExit:
         raise UserError(
             f"expected values of --{flag} as train.py takes them in --grid; found {value!r}: see train.py --help"
@@ -227,7 +228,7 @@ def _read_value(flag: str, value: str) -> Any:
 
 
 def _as_dict(given: TrainConfig) -> dict[str, Any]:
-    return {field.name: getattr(given, field.name) for field in dataclasses.fields(TrainConfig)}
+    return {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
 
 
 def _push(flags: dict[str, tuple[str, ...]]) -> str:

@@ -15,17 +15,18 @@ from evals import tamper
 from evals.attack_memory import as_training, attack_terms, check_attacks_fit
 from evals.fine_tuning import AttackFlags
 from evals.tamper_config import TamperConfig
+from unlearn.blank import full_windows
 from unlearn.building import master_dtype, trained_model
 from unlearn.config import TrainConfig
 from unlearn.data import Batches, Corpus
 from unlearn.errors import UserError
 from unlearn.memory import Layout, Shape
-from unlearn.methods import next_token
-from unlearn.methods.terms import Loss
+from unlearn.methods.retain import prediction
+from unlearn.methods.terms import Loss, Term
 from unlearn.model import empty_model
 from unlearn.precision import DTYPES, autocast
 from unlearn.sharding import shard_mesh
-from unlearn.simulate import counting, fake_ranks, full_windows, in_a_process, optimizer_states
+from unlearn.simulate import counting, fake_ranks, in_a_process, optimizer_states
 from unlearn.trainer import clip_gradients, gradients
 from unlearn.weights import materialise
 
@@ -68,7 +69,7 @@ def simulated(config: TrainConfig, layout: Layout) -> int:
                 precision = autocast(master_dtype(config) if mesh is None else compute, compute, CPU)
                 held = optimizer_states(config, model)
                 model.train()
-                gradients(model, Loss(next_token.terms(model, windows), precision), 1, 2)
+                gradients(model, Loss([Term("text", windows, prediction(model))], precision), 1, 2)
                 parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
                 clip_gradients(parameters, 1.0, torch.ones(()))
                 del held

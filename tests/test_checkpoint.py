@@ -16,7 +16,7 @@ import train
 from evals import tamper
 from unlearn.__main__ import main as unlearn_main
 from unlearn.checkpoint import Checkpoints, load, tensors
-from unlearn.config import TrainConfig
+from unlearn.config import configure
 from unlearn.errors import UserError
 from unlearn.files import files_hash
 from unlearn.metrics import MetricsLog
@@ -170,7 +170,7 @@ def test_too_small_a_disk_and_other_weights(tmp_path: Path, home: Path) -> None:
 )
 def test_flags_out_of_range(given: dict[str, float]) -> None:
     with pytest.raises(UserError, match="--keep"):
-        TrainConfig(**given)
+        configure(**given)
 
 
 def _call(monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], words: list[object]) -> None:

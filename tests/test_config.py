@@ -6,20 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from unlearn.config import TrainConfig
+from unlearn.config import configure
 from unlearn.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_published_values_of_each_mode() -> None:
-    full = TrainConfig(optimizer="muon")
+    full = configure(optimizer="muon")
     assert (full.remove_coef, full.retain_coef, full.examples, full.retain_loss) == (2.0, 1.0, 1024, "kl")
     assert (full.muon_lr, full.adam_lr, full.momentum, full.lora_alpha) == (1e-3, 3e-4, 0.95, None)
-    lora = TrainConfig(lora_rank=16)
+    lora = configure(lora_rank=16)
     assert (lora.remove_coef, lora.retain_coef, lora.examples, lora.retain_loss) == (5.0, 5.0, 8192, "l2")
     assert (lora.adam_lr, lora.muon_lr, lora.lora_alpha, lora.lora_dropout) == (1e-3, None, 16.0, 0.05)
-    assert full.muon_floor == 0.01 and TrainConfig(optimizer="muon", muon_method="quintic").muon_floor == 0.0
+    assert full.muon_floor == 0.01 and configure(optimizer="muon", muon_method="quintic").muon_floor == 0.0
     assert full.layers == (5, 10, 15, 20, 25, 30) and full.batch == 32
     assert full.lens == "EleutherAI/deep-ignorance-unfiltered-lens"
     assert full.output == "runs/deep-ignorance-unfiltered-full-muon"
@@ -51,7 +51,7 @@ def test_published_values_of_each_mode() -> None:
 )
 def test_flag_without_effect_is_refused(flags: dict[str, object], named: str) -> None:
     with pytest.raises(UserError, match=f"{named} has no effect"):
-        TrainConfig(**flags)
+        configure(**flags)
 
 
 @pytest.mark.parametrize(
@@ -77,27 +77,27 @@ def test_flag_without_effect_is_refused(flags: dict[str, object], named: str) ->
 )
 def test_numbers_out_of_range(flags: dict[str, object]) -> None:
     with pytest.raises(UserError, match="expected --"):
-        TrainConfig(**flags)
+        configure(**flags)
 
 
 def test_target_layers_must_exist() -> None:
-    TrainConfig(layers=(0, 4)).check_depth(4)
+    configure(layers=(0, 4)).check_depth(4)
     with pytest.raises(UserError, match=r"0\.\.4 .*found 5"):
-        TrainConfig(layers=(1, 5)).check_depth(4)
+        configure(layers=(1, 5)).check_depth(4)
     with pytest.raises(UserError, match=r"0\.\.3 .*found 4"):
-        TrainConfig(layers=(4,), lens_tap="output").check_depth(4)
+        configure(layers=(4,), lens_tap="output").check_depth(4)
     with pytest.raises(UserError, match="--lens has no effect"):
-        TrainConfig(layers=(4,), lens="somewhere").check_depth(4)
+        configure(layers=(4,), lens="somewhere").check_depth(4)
 
 
 def test_target_layers_that_no_loss_reads_need_not_exist() -> None:
     """--remove-coef 0 --retain-loss kl could not start on a model of fewer than 30 blocks, with --layers or without."""
     flags = {"remove_coef": 0.0, "retain_loss": "kl"}
-    TrainConfig(**flags).check_depth(4)
+    configure(**flags).check_depth(4)
     with pytest.raises(UserError, match="--layers has no effect"):
-        TrainConfig(**flags, layers=(1, 2))
+        configure(**flags, layers=(1, 2))
     with pytest.raises(UserError, match="--layers in 0"):
-        TrainConfig(remove_coef=0.0, retain_loss="l2").check_depth(4)
+        configure(remove_coef=0.0, retain_loss="l2").check_depth(4)
 
 
 @pytest.mark.parametrize("script", ["train.py", "evals/run.py", "evals/tamper.py", "-m unlearn", "launch/demo.py"])

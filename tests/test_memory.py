@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,16 @@ import pytest
 import torch
 
 from benchmarks.measure import peak_bytes
-from unlearn.building import method_parts, original_model, trained_model
-from unlearn.config import TrainConfig
+from unlearn.blank import blank_lens, full_windows, needs_of
+from unlearn.building import method_parts, method_terms, original_model, trained_model
+from unlearn.config import TrainConfig, config_of, configure
 from unlearn.errors import UserError
 from unlearn.memory import GIB, Layout, Shape, check_fits, flops_per_step, neighbours, peak_gib, terms
-from unlearn.methods import lens as lens_method
 from unlearn.methods.terms import Loss
 from unlearn.model import empty_model
 from unlearn.plan import plan
 from unlearn.plan_config import PlanConfig
-from unlearn.simulate import blank_lens, full_windows, simulated_peak
+from unlearn.simulate import simulated_peak
 from unlearn.trainer import gradients
 from unlearn.unlearning import build
 from unlearn.weights import materialise
@@ -45,7 +46,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def configured(folder: str, **flags: Any) -> TrainConfig:
     settings = {"layers": (2, 4, 6, 8), "seq_len": 256, "micro_batch": 4, "retain_start": 0.5} | flags
-    return TrainConfig(model=folder, **settings)
+    return configure(model=folder, **settings)
+
+
+def planned(**flags: Any) -> Any:
+    """Flags of `python -m unlearn plan`."""
+    return config_of("lens", PlanConfig)(**flags)
 
 
 MODES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -69,7 +75,7 @@ def test_formula_is_within_a_tenth_of_the_simulation(folder: str, mode: str) -> 
     ranks, flags = (MODES | SLOW_MODES)[mode]
     config = configured(folder, **flags)
     layout = Layout.of(config, ranks, ranks)
-    planned = peak_gib(config, Shape.of(empty_model(folder)), layout)
+    planned = peak_gib(config, Shape.of(empty_model(folder)), layout, needs_of(config))
     assert planned == pytest.approx(simulated_peak(config, layout) / GIB, rel=0.10)
 
 
@@ -78,12 +84,13 @@ def allocated(config: TrainConfig) -> int:
     device = torch.device("cpu")
 
     def steps() -> None:
-        model, original, lens = trained_model(config, None), original_model(config, None), blank_lens(config, device)
+        model, original = trained_model(config, None), original_model(config, None, needs_of(config))
+        lens = partial(blank_lens, config, device=device)
         materialise(model, device)
         if original is not None:
             materialise(original, device)
         moments = [torch.zeros_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
-        terms = lens_method.terms(config, method_parts(config, model, original, lens, full_windows(config, 1)))
+        terms = method_terms(config, method_parts(config, model, original, full_windows(config, 1), lens, device))
         for parameter in model.parameters():
             parameter.data.normal_(std=0.02)
         gradients(model, Loss(terms, frozen=[] if original is None else [original]), 1, 2)
@@ -99,24 +106,25 @@ def test_simulation_is_within_a_tenth_of_a_real_allocator(folder: str, flags: di
 
 
 def test_layouts_of_a_copy() -> None:
-    config = TrainConfig(model="m")
+    config = configure(model="m")
     assert Layout.of(config, 1, 1) == Layout(1, 1) and Layout.of(config, 8, 4) == Layout(8, 8)
     hybrid = dataclasses.replace(config, shard="hybrid")
     assert Layout.of(hybrid, 8, 4) == Layout(8, 4)
     assert Layout.of(dataclasses.replace(hybrid, shard_size=2), 8, 4) == Layout(8, 2)
-    assert Layout.of(TrainConfig(model="m", lora_rank=4), 8, 4) == Layout(8, 1)
+    assert Layout.of(configure(model="m", lora_rank=4), 8, 4) == Layout(8, 1)
 
 
 def test_neighbours_need_less_and_are_sorted(folder: str) -> None:
     shape, layout = Shape.of(empty_model(folder)), Layout(4, 4)
     assert "--lora-rank 16" in {
-        other.change for other in neighbours(configured(folder, optimizer="muon"), shape, layout)
+        other.change
+        for other in neighbours(configured(folder, optimizer="muon"), shape, layout, needs_of(configured(folder)))
     }
     config = configured(folder)
-    found = neighbours(config, shape, layout)
+    found = neighbours(config, shape, layout, needs_of(config))
     assert {"--lora-rank 16", "8 GPUs", "--micro-batch 1"} <= {other.change for other in found}
     peaks = [other.peak_gib for other in found]
-    assert peaks == sorted(peaks) and peaks[-1] < peak_gib(config, shape, layout)
+    assert peaks == sorted(peaks) and peaks[-1] < peak_gib(config, shape, layout, needs_of(config))
 
 
 def test_a_run_that_cannot_fit_is_refused_by_term_and_remedy(folder: str) -> None:
@@ -124,44 +132,45 @@ def test_a_run_that_cannot_fit_is_refused_by_term_and_remedy(folder: str) -> Non
     with pytest.raises(
         UserError, match=r"fits into 0.5 GiB; found a planned peak of \d.*one block's backward.*: try --"
     ):
-        check_fits(config, shape, Layout(4, 4), 0.5)
-    check_fits(config, shape, Layout(4, 4), 80.0)
+        check_fits(config, shape, Layout(4, 4), needs_of(config), 0.5)
+    check_fits(config, shape, Layout(4, 4), needs_of(config), 80.0)
 
 
 def test_train_refuses_before_it_reads(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unlearn.unlearning.available_gib", lambda device: 1e-6)
     with pytest.raises(UserError, match="expected a run that fits"):
-        build(TrainConfig(model=str(home / "model"), layers=(1,), forget="/nowhere.jsonl"), torch.device("cpu"))
+        build(configure(model=str(home / "model"), layers=(1,), forget="/nowhere.jsonl"), torch.device("cpu"))
 
 
 def test_flops_of_full_training_by_hand(folder: str) -> None:
     shape = Shape.of(empty_model(folder))
     assert shape.matrices == 8 * 12 * 512**2 and shape.head == 8009 * 512
     config = configured(folder, layers=(8,), retain_coef=0.0, retain_start=0.0, checkpoint_activations=False, batch=2)
-    tokens = 2 * 256
+    tokens, needs = 2 * 256, needs_of(config)
     muon = dataclasses.replace(config, optimizer="muon", muon_method="quintic")
     s, long = 512, (1536, 512, 2048, 2048)
     per_block = sum(5 * (4 * s * s * side + 2 * s**3) for side in long)
-    assert flops_per_step(muon, shape) - flops_per_step(config, shape) == 8 * per_block
-    assert flops_per_step(config, shape) == tokens * (6 * shape.matrices + 4 * shape.head + 4 * 512**2)
+    assert flops_per_step(muon, shape, needs) - flops_per_step(config, shape, needs) == 8 * per_block
+    assert flops_per_step(config, shape, needs) == tokens * (6 * shape.matrices + 4 * shape.head + 4 * 512**2)
 
 
 def test_plan_prints_tables_and_json(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     settings = {"model": folder, "layers": (2, 4), "seq_len": 128, "micro_batch": 2}
-    plan(PlanConfig(**settings))
+    plan(planned(**settings))
     text = capsys.readouterr().out
     assert "together" in text and "fits into 88.0" in text and "PFLOP" in text
-    plan(PlanConfig(**settings, json=True, verify=True, world_size=2))
+    plan(planned(**settings, json=True, verify=True, world_size=2))
     found = json.loads(capsys.readouterr().out)
     assert found["peak_gib"] == pytest.approx(sum(found["terms_gib"].values()))
     assert found["simulated_gib"] == pytest.approx(found["peak_gib"], rel=0.25)  # so small that temporaries count
     assert (
-        terms(PlanConfig(**settings), Shape.of(empty_model(folder)), Layout(4, 4)).keys() == found["terms_gib"].keys()
+        terms(planned(**settings), Shape.of(empty_model(folder)), Layout(4, 4), needs_of(planned(**settings))).keys()
+        == found["terms_gib"].keys()
     )
 
 
 def test_plan_refuses_a_world_that_does_not_divide(folder: str) -> None:
     with pytest.raises(UserError, match="multiple of the 4 GPUs that share a copy; found 6"):
-        plan(PlanConfig(model=folder, layers=(2,), shard="hybrid", world_size=6))
+        plan(planned(model=folder, layers=(2,), shard="hybrid", world_size=6))
     with pytest.raises(UserError, match="--layers in 0..8"):
-        plan(PlanConfig(model=folder, layers=(9,)))
+        plan(planned(model=folder, layers=(9,)))

@@ -10,12 +10,12 @@ import torch
 from conftest import DEPTH
 from torch import Tensor
 
-from unlearn.config import TrainConfig
+from unlearn.config import TrainConfig, configure
 from unlearn.distributed import process_group
 from unlearn.lens import TunedLens
 from unlearn.lora import adapters, lora_disabled
-from unlearn.methods import next_token
-from unlearn.methods.terms import Loss, Parts
+from unlearn.methods.retain import prediction
+from unlearn.methods.terms import Loss, Parts, Term
 from unlearn.model import load_model
 from unlearn.trainer import gradients
 from unlearn.unlearning import Unlearning, build
@@ -28,7 +28,7 @@ def config(home: Path, **flags: object) -> TrainConfig:
     paths = {name: str(home / name) for name in ("model", "lens")}
     paths |= {name: str(home / f"{name}.jsonl") for name in ("forget", "retain")}
     shared = {"layers": (1, 3, 4), "seq_len": 24, "batch": 6, "examples": 20, "micro_batch": 4, "dtype": "fp32"}
-    return TrainConfig(**(paths | shared | {"retain_start": 0.5} | flags))
+    return configure(**(paths | shared | {"retain_start": 0.5} | flags))
 
 
 def gradients_of(run: Unlearning, step: int) -> dict[str, Tensor]:
@@ -180,7 +180,7 @@ def test_bf16_losses_are_close(home: Path) -> None:
 def test_next_token_loss_equals_transformers(home: Path) -> None:
     run = build(config(home, lora_rank=2, lora_dropout=0.0), CPU)
     forget = run.parts.batches["forget"]
-    loss = gradients(run.model, Loss(next_token.terms(run.model, forget)), 3, 4)["text_loss"]
+    loss = gradients(run.model, Loss([Term("text", forget, prediction(run.model))]), 3, 4)["text_loss"]
     total, count = 0.0, 0
     for index in forget.indices(3):
         ids = torch.tensor(forget.corpus.windows[index])[None].long()

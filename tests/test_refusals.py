@@ -15,14 +15,14 @@ from test_checkpoint import half_done  # noqa: F401
 from test_commands import flags
 
 from evals.tamper_config import TamperConfig
-from unlearn.config import TrainConfig
+from unlearn.config import configure
 from unlearn.data import Batches, Corpus
 from unlearn.errors import UserError
 from unlearn.files import size
 from unlearn.model import load_config
 from unlearn.plan_config import PlanConfig
 from unlearn.preflight import check_apart, check_disk
-from unlearn.unlearning import read_inputs
+from unlearn.unlearning import assemble
 
 pytestmark = pytest.mark.usefixtures("token_cache")
 
@@ -134,7 +134,7 @@ def test_sizes_and_names_that_cannot_be_meant(home: Path, changes: dict[str, Any
     paths |= {name: str(home / f"{name}.jsonl") for name in ("forget", "retain")}
     given: dict[str, Any] = {"layers": (1,), "seq_len": 24, "batch": 6, "examples": 15, "lora_rank": 2} | changes
     with pytest.raises(UserError, match=said):
-        read_inputs(TrainConfig(**paths, **given), torch.device("cpu"))
+        assemble(configure(**paths, **given), torch.device("cpu"))
 
 
 def test_more_steps_of_an_attack_than_can_be() -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 import unlearn.report
-from unlearn.config import TrainConfig, parse_flags
+from unlearn.config import TrainConfig, parse_method_flags
 from unlearn.errors import UserError
 from unlearn.lens import TunedLens
 from unlearn.lens_readings import LONGEST
@@ -176,12 +176,12 @@ def test_without_matplotlib_it_says_what_to_install(run: Path, monkeypatch: pyte
     ],
 )
 def test_the_command_gives_the_same_flags(flags: str) -> None:
-    config = parse_flags(TrainConfig, shlex.split(flags))
+    config = parse_method_flags(TrainConfig, shlex.split(flags))
     stored = json.loads(
         json.dumps({key: "inf" if value == float("inf") else value for key, value in vars(config).items()})
     )
     words = shlex.split(command(stored))
-    assert words[:2] == ["python", "train.py"] and parse_flags(TrainConfig, words[2:]) == config
+    assert words[:2] == ["python", "train.py"] and parse_method_flags(TrainConfig, words[2:]) == config
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,12 @@
 """python -m unlearn COMMAND: the tools around `train.py`."""
 
+import sys
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
+from unlearn.config import config_of, named_method, parse_flags
 from unlearn.errors import run_command
 from unlearn.fit_config import FitLensConfig
 from unlearn.plan_config import PlanConfig
@@ -28,18 +30,19 @@ class WorldConfig:
     """With --train: leave the hazard domain out of the training, for a control that never knew it."""
 
 
-Command = (
-    Annotated[FitLensConfig, tyro.conf.subcommand("fit-lens")]
-    | Annotated[PlanConfig, tyro.conf.subcommand("plan")]
-    | Annotated[ReportConfig, tyro.conf.subcommand("report")]
-    | Annotated[WorldConfig, tyro.conf.subcommand("world")]
-)
+def _commands() -> Any:
+    """The commands with their flags; those of `plan` are of the method that the command line names."""
+    planned = config_of(named_method(sys.argv[1:]), PlanConfig)
+    return (
+        Annotated[FitLensConfig, tyro.conf.subcommand("fit-lens")]
+        | Annotated[planned, tyro.conf.subcommand("plan")]
+        | Annotated[ReportConfig, tyro.conf.subcommand("report")]
+        | Annotated[WorldConfig, tyro.conf.subcommand("world")]
+    )
 
 
 def main() -> None:
-    from unlearn.config import parse_flags
-
-    command: FitLensConfig | PlanConfig | ReportConfig | WorldConfig = parse_flags(Command)  # type: ignore[arg-type]
+    command: FitLensConfig | PlanConfig | ReportConfig | WorldConfig = parse_flags(_commands())
     if isinstance(command, FitLensConfig):
         with EarlyStop(command.output):
             from unlearn.fit_lens import fit_lens

@@ -1,6 +1,6 @@
 """The parts of an unlearning run, from its flags: models without memory yet, adapted and sharded."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Protocol
@@ -13,7 +13,8 @@ from unlearn.config import TrainConfig
 from unlearn.data import Batches
 from unlearn.lens import TunedLens
 from unlearn.lora import add_lora, lora_disabled
-from unlearn.methods.terms import Original, Parts
+from unlearn.methods import method_module
+from unlearn.methods.terms import Needs, Original, Parts, Term
 from unlearn.model import disable_dropout, empty_model
 from unlearn.precision import DTYPES, Precision, autocast
 from unlearn.sharding import checkpoint_blocks, compile_blocks, shard
@@ -66,13 +67,13 @@ def trained_model(config: ModelFlags, mesh: DeviceMesh | None) -> PreTrainedMode
     return model
 
 
-def original_model(config: TrainConfig, mesh: DeviceMesh | None) -> PreTrainedModel | None:
-    """The frozen original for the retain loss of full training, on the meta device; None where there is no need.
+def original_model(config: TrainConfig, mesh: DeviceMesh | None, needs: Sequence[Needs]) -> PreTrainedModel | None:
+    """The frozen original of full training, on the meta device; None where no term of the loss needs it.
 
     It computes as the model in training does, so that both are equal before the first step: unsharded, from float32
     weights under autocast, which leaves the residual stream in float32.
     """
-    if config.lora_rank > 0 or config.retain_coef == 0.0:
+    if config.lora_rank > 0 or not any(term.original for term in needs):
         return None
     dtype = master_dtype(config) if mesh is None else DTYPES[config.dtype]
     model = empty_model(config.model, revision=config.revision, dtype=dtype).requires_grad_(False)
@@ -86,8 +87,9 @@ def method_parts(
     config: TrainConfig,
     model: PreTrainedModel,
     original: PreTrainedModel | None,
-    lens: TunedLens,
     batches: Mapping[str, Batches],
+    lens: Callable[[tuple[int, ...]], TunedLens],
+    device: torch.device,
 ) -> Parts:
     """What the method may ask for; without an `original`, that is `model` with its adapters switched off."""
     before: Original = partial(without_adapters, model)
@@ -95,12 +97,18 @@ def method_parts(
         before = partial(nullcontext, original)  # type: ignore[assignment]
     return Parts(
         model=model,
-        device=lens.unembedding.device,
+        device=device,
         original=before,
         batches=batches,
-        lens=lambda _: lens,
+        lens=lens,
         seed=config.seed,
     )
+
+
+def method_terms(config: TrainConfig, parts: Parts) -> list[Term]:
+    """The terms of the loss that --method makes of these parts."""
+    found: list[Term] = method_module(config.method).terms(config, parts)
+    return found
 
 
 @contextmanager

@@ -5,50 +5,58 @@ training, AdamW or Muon) and refuses a flag that would have no effect in it. Not
 `--help` and a wrong flag answer at once.
 """
 
-import dataclasses
+import itertools
 import math
 import os
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
+from functools import cache
 from typing import Any, Literal, TypeVar
 
 import tyro
 
 from unlearn.errors import UserError
+from unlearn.flags import Only, by_mode, flag, settle
+from unlearn.methods import METHODS, flags_of
 
 FORGET = "Unlearning/WMDP-Bio-Remove-Dataset"
 RETAIN = "EleutherAI/wikitext_document_level:wikitext-103-raw-v1"
 
-# Published values (docs: "The method, exactly"): LoRA r16 with AdamW, and full training with Muon.
-_LORA = {"retain_loss": "l2", "remove_coef": 5.0, "retain_coef": 5.0, "adam_lr": 1e-3, "examples": 8192}
-_FULL = {"retain_loss": "kl", "remove_coef": 2.0, "retain_coef": 1.0, "adam_lr": 3e-4, "examples": 1024}
-
-# Flags that have an effect in some modes only.
-_LORA_FLAGS = ("lora_alpha", "lora_dropout", "lora_targets")
-_MUON_FLAGS = ("muon_lr", "momentum", "muon_method", "muon_floor", "muon_qkv")
-_EVAL_FLAGS = ("eval_every", "data_dir", "include_path", "limit", "eval_subsample")
-_RETAIN_FLAGS = ("retain", "retain_column", "retain_template", "retain_loss", "retain_start")
-_FORGET_FLAGS = ("forget", "forget_column", "forget_template", "lens", "forget_loss", "prompts")
+# When a flag has an effect.
+LORA = Only(lambda config: config.lora_rank > 0, "without --lora-rank")
+MUON = Only(lambda config: config.optimizer == "muon", "without --optimizer muon")
+WITH_FLOOR = Only(lambda config: config.muon_method != "quintic", "with --muon-method quintic")
+FUSED = Only(lambda config: config.lora_rank == 0, "with LoRA, whose matrices are not fused")
+ADAM = Only(lambda config: config.uses_adam, "with --optimizer muon and LoRA")
+EVALUATES = Only(lambda config: bool(config.eval_tasks), "without --eval-tasks")
+FORGETS = Only(lambda config: getattr(config, "remove_coef", 1.0) != 0.0, "with --remove-coef 0")
+HAS_RETAIN = Only(lambda config: hasattr(config, "retain_coef"), "with a method that has no retain loss")
+RETAINS = Only(lambda config: getattr(config, "retain_coef", 0.0) != 0.0, "with --retain-coef 0")
+HYBRID = Only(lambda config: config.shard == "hybrid", "without --shard hybrid")
+COUNTED = Only(lambda config: config.micro_tokens is None, "with --micro-tokens")
+COPIED = Only(lambda config: config.lora_rank == 0, "with LoRA, whose original is the model without adapters")
+SHARDED = Only(lambda config: config.shard != "replicate", "with --shard replicate")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusFlags:
     """Where forget and retain text come from."""
 
-    forget: str = FORGET
+    forget: str = flag(FORGET, only=FORGETS)
     """Forget corpus: a .jsonl, .json, .csv, .parquet or .txt file (a document a line; text also .gz or .zst), a folder
     of .jsonl or .parquet files, a saved `datasets` folder, or a hub name, NAME[:CONFIG]."""
-    forget_column: str | None = None
+    forget_column: str | None = flag(only=FORGETS)
     """Text column of the forget corpus. Default: title, abstract and text joined by blank lines, else `page`. Only
     strings are text."""
-    forget_template: str | None = None
+    forget_template: str | None = flag(only=FORGETS)
     """Text of a forget document built from its columns, e.g. '{title}\\n\\n{abstract}\\n\\n{text}'; it names columns
     and nothing else."""
-    retain: str = RETAIN
+    retain: str = flag(RETAIN, only=(HAS_RETAIN, RETAINS))
     """Retain corpus, in the same forms."""
-    retain_column: str | None = None
+    retain_column: str | None = flag(only=(HAS_RETAIN, RETAINS))
     """Text column of the retain corpus. Default: as for the forget corpus."""
-    retain_template: str | None = None
+    retain_template: str | None = flag(only=(HAS_RETAIN, RETAINS))
     """Text of a retain document built from its columns."""
 
     def check_text(self) -> None:
@@ -101,8 +109,10 @@ class ResumeFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(CorpusFlags, ResumeFlags, DeviceFlags):
-    """Unlearn a model: push what a frozen tuned lens reads off the target layers towards uniform on forget text, and
-    hold the model to its original on retain text."""
+    """Change a model by a method: the flags that all methods share. `config_of` adds those of the chosen one."""
+
+    method: Literal[METHODS] = "lens"  # type: ignore[valid-type]
+    """What the loss is; `--method NAME --help` shows its flags."""
 
     output: str | None = None
     """Folder of the run: config.json, run.json, metrics.jsonl, checkpoints/, model/, adapter/, evals/. Default: runs/
@@ -112,76 +122,54 @@ class TrainConfig(CorpusFlags, ResumeFlags, DeviceFlags):
     """Model to unlearn: a local folder or a hub name."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
-    lens: str | None = None
-    """Tuned lens of the model: a local folder or a hub name. Default: <model>-lens, as in the published runs."""
-    layers: tuple[int, ...] = (5, 10, 15, 20, 25, 30)
-    """Target layers l, in 0..L: the residual stream that enters block l; L is the final one, read without a lens.
-    Published: 5 10 15 20 25 30."""
-    lens_tap: Literal["input", "output"] = "input"
-    """Apply translator l to the stream that enters block l (input), or to the one that leaves it (output: the
-    off-by-one of earlier published runs, only for comparing with them)."""
-
-    lora_rank: int = 0
+    lora_rank: int = flag(0, least=0)
     """Rank of the LoRA adapters; 0 trains every parameter. Published: 16."""
-    lora_alpha: float | None = None
+    lora_alpha: float | None = flag(published=16.0, above=0.0, only=LORA)
     """LoRA scale: the update is multiplied by alpha / rank. Published: 16, the default with LoRA."""
-    lora_dropout: float | None = None
+    lora_dropout: float | None = flag(published=0.05, least=0.0, below=1.0, only=LORA)
     """Probability of dropping an adapter's input. Published: 0.05, the default with LoRA."""
-    lora_targets: tuple[str, ...] = ()
+    lora_targets: tuple[str, ...] = flag((), only=LORA)
     """Linear layers to adapt, by the last part of their name, e.g. query_key_value. Default: all in the blocks."""
-
-    forget_loss: Literal["uniform", "sampled", "gradient-ascent"] = "uniform"
-    """uniform: exact cross-entropy against the uniform distribution; sampled: against one random token a position
-    (about 200 times noisier); gradient-ascent: minus the true next token's. All over ln V."""
-    retain_loss: Literal["kl", "l2"] | None = None
-    """kl: KL(original || model) a token, in nats; l2: distance of the residual streams at the target layers.
-    Default: l2 with LoRA, kl for full training."""
-    remove_coef: float | None = None
-    """Weight of the forget loss; falls to 75 % of it over the run. Published: 5 with LoRA, 2 full."""
-    retain_coef: float | None = None
-    """Weight of the retain loss at the end of the run. Published: 5 with LoRA, 1 full."""
-    retain_start: float = 0.0
-    """Share of --retain-coef at the first step, from which it rises linearly. Published: 0."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw for everything; or muon for the matrices inside the blocks (and the adapters), adamw for the rest."""
-    adam_lr: float | None = None
+    adam_lr: float | None = flag(published=by_mode(lora=1e-3, full=3e-4), above=0.0, only=ADAM)
     """Peak learning rate of AdamW. Published: 1e-3 with LoRA, 3e-4 full."""
-    muon_lr: float | None = None
+    muon_lr: float | None = flag(published=1e-3, above=0.0, only=MUON)
     """Peak learning rate of Muon. Published: 1e-3."""
-    momentum: float | None = None
+    momentum: float | None = flag(published=0.95, least=0.0, below=1.0, only=MUON)
     """Momentum of Muon (Nesterov). Published: 0.95."""
-    muon_method: Literal["gram", "polar-express", "quintic"] | None = None
+    muon_method: Literal["gram", "polar-express", "quintic"] | None = flag(published="gram", only=MUON)
     """How Muon orthogonalises: gram, the least work; polar-express, the same polynomials in standard form; quintic,
     less exact, torch.optim.Muon's bits. Default: gram."""
-    muon_floor: float | None = None
+    muon_floor: float | None = flag(published=0.01, least=0.0, below=1.0, only=(MUON, WITH_FLOOR))
     """Singular values of a matrix's direction that are below this share of its greatest pass in proportion, instead of
     being lifted to full size: rounding is not trained on. 0: lift them all, as torch.optim.Muon does. Default: 0.01,
     and 0 with quintic, which has none."""
-    muon_qkv: Literal["fused", "split", "per-head"] | None = None
+    muon_qkv: Literal["fused", "split", "per-head"] | None = flag(published="fused", only=(MUON, FUSED))
     """What Muon orthogonalises of GPT-NeoX's fused query_key_value, in full training: the whole; Q, K and V each; or
     each head's q, k and v. Default: fused."""
-    weight_decay: float = 0.01
+    weight_decay: float = flag(0.01, least=0.0)
     """Decoupled weight decay of matrices and embeddings. Published: 0.01."""
-    clip: float = 1.0
+    clip: float = flag(1.0, above=0.0, infinite=True)
     """Largest norm of the whole gradient; inf to leave it alone. Published: 1.0."""
-    warmup_ratio: float = 0.0
+    warmup_ratio: float = flag(0.0, least=0.0, below=1.0)
     """Share of the steps over which the learning rate rises to its peak; it then falls linearly to 0."""
 
-    examples: int | None = None
+    examples: int | None = flag(published=by_mode(lora=8192, full=1024), least=1)
     """Windows drawn from each corpus for an epoch. Published: 8192 with LoRA, 1024 full."""
-    epochs: int = 1
+    epochs: int = flag(1, least=1)
     """Passes over the forget windows. Published: 1."""
-    batch: int = 32
+    batch: int = flag(32, least=1)
     """Forget windows, and retain windows, of one optimizer step, over all ranks. Published: 32."""
-    micro_batch: int | None = None
+    micro_batch: int | None = flag(published=1, least=1, only=COUNTED)
     """Most windows of one forward pass on one rank; changes memory and speed, not the result."""
-    micro_tokens: int | None = None
+    micro_tokens: int | None = flag(least=1)
     """Most tokens, padding included, of one forward pass on one rank: packs short windows together, instead of
     counting them as --micro-batch does."""
-    seq_len: int = 2048
+    seq_len: int = flag(2048, least=3)
     """Longest window, in tokens; longer documents become several windows."""
-    seed: int = 0
+    seed: int = flag(0, least=0)
     """Of the data order, the adapters' initial values, dropout and sampled targets."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Of the computation and the exported weights; trained weights, losses and statistics are float32 in both."""
@@ -189,9 +177,9 @@ class TrainConfig(CorpusFlags, ResumeFlags, DeviceFlags):
     shard: Literal["full", "hybrid", "replicate"] | None = None
     """full: every rank holds a share of the model (FSDP2); hybrid: the ranks of a node share one copy, each node has
     one; replicate: every rank has all of it. Default: full for full training on several ranks, else replicate."""
-    shard_size: int | None = None
+    shard_size: int | None = flag(least=1, only=HYBRID)
     """Ranks that share one copy under --shard hybrid. Default: the ranks of a node."""
-    offload_reference: bool = False
+    offload_reference: bool = flag(False, only=(COPIED, SHARDED, HAS_RETAIN, RETAINS))
     """Keep the sharded original model of full training in host memory, and copy it to the GPU as it is needed."""
     checkpoint_activations: bool = True
     """Keep only each block's input for the backward pass and recompute the rest: less memory, a third more
@@ -201,108 +189,100 @@ class TrainConfig(CorpusFlags, ResumeFlags, DeviceFlags):
 
     eval_tasks: tuple[str, ...] = ()
     """lm-eval tasks to measure on the live model after the last step, e.g. wmdp_bio mmlu_stem."""
-    eval_every: int | None = None
+    eval_every: int | None = flag(least=1, only=EVALUATES)
     """Optimizer steps between further evaluations, the first before step 0."""
-    data_dir: str | None = None
+    data_dir: str | None = flag(only=EVALUATES)
     """Local data of the tasks, DIR/cais/wmdp/wmdp-bio/test-*.parquet; default: the hub."""
-    include_path: str | None = None
+    include_path: str | None = flag(only=EVALUATES)
     """Folder with further lm-eval task definitions."""
-    limit: int | None = None
+    limit: int | None = flag(least=1, only=EVALUATES)
     """Evaluate only the first N questions of each task."""
-    eval_subsample: int | None = None
+    eval_subsample: int | None = flag(least=1, only=EVALUATES)
     """Evaluate only N questions of each of --eval-tasks, shared out among its subjects, the same ones every time."""
-    prompts: tuple[str, ...] = ()
-    """Texts to read with the lens at every layer, before the first step and after the last, for the report; written to
-    lens.json."""
-    log_every: int = 1
+    log_every: int = flag(1, least=1)
     """Optimizer steps between lines of metrics.jsonl."""
 
     def __post_init__(self) -> None:
-        self._refuse_idle_flags()
+        check_once("--eval-tasks", self.eval_tasks)
+        if self.limit is not None and self.eval_subsample is not None:
+            raise UserError("--limit has no effect beside --eval-subsample: give one of them")
+        self.check_text()
         self.check_resume()
-        for name, value in self._mode_defaults().items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        _check_numbers(self)
-        if not self.uses_layers and self.layers != _default("layers"):
-            raise UserError("--layers has no effect with --remove-coef 0 and --retain-loss kl: leave it out")
+        settle(self)
+        if self.muon_method == "quintic":
+            object.__setattr__(self, "muon_floor", 0.0)
+        if self.output is None:
+            kind = f"lora{self.lora_rank}" if self.lora_rank > 0 else "full"
+            named = "" if self.method == "lens" else f"{self.method}-"
+            name = f"runs/{self.model.rstrip('/').rpartition('/')[2]}-{named}{kind}-{self.optimizer}"
+            object.__setattr__(self, "output", name)
+        self.check_method()
 
-    def _mode_defaults(self) -> dict[str, Any]:
-        """The published value of every flag that has an effect in this mode and a default that depends on it."""
-        defaults: dict[str, Any] = dict(_LORA if self.lora_rank > 0 else _FULL)
-        if not self.uses_adam:
-            del defaults["adam_lr"]
-        if self.lora_rank > 0:
-            defaults |= {"lora_alpha": 16.0, "lora_dropout": 0.05}
-        if self.optimizer == "muon":
-            defaults |= {"muon_lr": 1e-3, "momentum": 0.95, "muon_method": "gram", "muon_qkv": "fused"}
-            defaults["muon_floor"] = 0.0 if self.muon_method == "quintic" else 0.01
-        if self.micro_tokens is None:
-            defaults["micro_batch"] = 1
-        if self.retain_coef == 0.0:
-            del defaults["retain_loss"]
-        if self.remove_coef != 0.0:
-            defaults["lens"] = self._default_lens
-        kind = f"lora{self.lora_rank}" if self.lora_rank > 0 else "full"
-        defaults["output"] = f"runs/{self.model.rstrip('/').rpartition('/')[2]}-{kind}-{self.optimizer}"
-        return defaults
-
-    @property
-    def _default_lens(self) -> str:
-        return f"{self.model.rstrip('/')}-lens"
+    def check_method(self) -> None:
+        """What a method has to say about its flags beyond their ranges; see its `Flags`."""
 
     @property
     def uses_adam(self) -> bool:
         """Whether AdamW gets any parameter: under Muon, LoRA leaves it none."""
         return not (self.optimizer == "muon" and self.lora_rank > 0)
 
-    @property
-    def uses_layers(self) -> bool:
-        """Whether a loss is read at target layers: the divergence from the original is not."""
-        return not (self.remove_coef == 0.0 and self.retain_loss == "kl")
-
-    def _refuse_idle_flags(self) -> None:
-        """Raise if a flag was given that this mode would ignore."""
-        idle = [
-            (self.lora_rank == 0, "without --lora-rank", _LORA_FLAGS),
-            (self.optimizer != "muon", "without --optimizer muon", _MUON_FLAGS),
-            (self.lora_rank > 0, "with LoRA, whose matrices are not fused", ("muon_qkv",)),
-            (not self.uses_adam, "with --optimizer muon and LoRA", ("adam_lr",)),
-            (self.muon_method == "quintic" and self.muon_floor != 0.0, "with --muon-method quintic", ("muon_floor",)),
-            (not self.eval_tasks, "without --eval-tasks", _EVAL_FLAGS),
-            (self.retain_coef == 0.0, "with --retain-coef 0", _RETAIN_FLAGS),
-            (self.remove_coef == 0.0, "with --remove-coef 0", _FORGET_FLAGS),
-            (self.micro_tokens is not None, "with --micro-tokens", ("micro_batch",)),
-            (self.shard != "hybrid", "without --shard hybrid", ("shard_size",)),
-            (self.lora_rank > 0, "with LoRA, whose original is the model without adapters", ("offload_reference",)),
-            (self.shard == "replicate", "with --shard replicate", ("offload_reference",)),
-            (self.retain_coef == 0.0, "with --retain-coef 0", ("offload_reference",)),
-        ]
-        for condition, reason, names in idle:
-            for name in names:
-                if condition and getattr(self, name) != _default(name):
-                    raise UserError(f"--{name.replace('_', '-')} has no effect {reason}: leave it out")
-        check_once("--eval-tasks", self.eval_tasks)
-        if self.limit is not None and self.eval_subsample is not None:
-            raise UserError("--limit has no effect beside --eval-subsample: give one of them")
-        self.check_text()
-
     def shard_kind(self, world_size: int) -> Literal["full", "hybrid", "replicate"]:
         """How the model is laid out over `world_size` ranks."""
         return self.shard or ("full" if self.lora_rank == 0 and world_size > 1 else "replicate")
 
     def check_depth(self, depth: int) -> None:
-        """Raise unless every target layer exists in a model of `depth` blocks, or none is looked at."""
-        if not self.uses_layers:
-            return
-        highest = depth - 1 if self.lens_tap == "output" else depth
-        for layer in self.layers:
-            if not 0 <= layer <= highest:
-                raise UserError(
-                    f"expected --layers in 0..{highest} (the model has {depth} blocks); found {layer}: choose others"
-                )
-        if set(self.layers) == {depth} and self.lens not in (None, self._default_lens):
-            raise UserError(f"--lens has no effect with --layers {depth}, the final stream: leave it out")
+        """Raise unless every target layer of the method exists in a model of `depth` blocks."""
+        check_layers(getattr(self, "layers", ()), depth, depth)
+
+
+def check_layers(layers: Sequence[int], highest: int, depth: int) -> None:
+    """Raise unless all of `layers` are in 0..highest, in a model of `depth` blocks."""
+    for layer in layers:
+        if not 0 <= layer <= highest:
+            raise UserError(
+                f"expected --layers in 0..{highest} (the model has {depth} blocks); found {layer}: choose others"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerFlags:
+    """Where a method reads the residual stream."""
+
+    layers: tuple[int, ...] = ()
+    """Target layers l, in 0..L: the residual stream that enters block l; L is the final one."""
+
+    def check_method(self) -> None:
+        """Raise unless there are layers, each once."""
+        if not len(set(self.layers)) == len(self.layers) > 0:
+            raise UserError(f"expected --layers to be one or more different layers; found {self.layers}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetainFlags:
+    """How a method holds the model to its original on retain text."""
+
+    retain_loss: Literal["kl", "l2", "mse", "next-token"] | None = flag(only=RETAINS)
+    """kl: KL(original || model) a token, in nats; l2: distance of the residual streams at the target layers; mse: mean
+    square of their difference; next-token: cross-entropy of retain text itself, in nats."""
+    retain_coef: float | None = flag(least=0.0)
+    """Weight of the retain loss at the end of the run."""
+    retain_start: float = flag(0.0, least=0.0, most=1.0, only=RETAINS)
+    """Share of --retain-coef at the first step, from which it rises linearly."""
+
+
+@cache
+def config_of(method: str, base: type[TrainConfig] = TrainConfig) -> type[TrainConfig]:
+    """The flags of `base` together with those of a method, which come last and may give shared flags other defaults."""
+    flags = flags_of(method)
+    named = [("method", Literal[METHODS], flag(method))]
+    merged = make_dataclass(base.__name__, named, bases=(flags, base), frozen=True, kw_only=True)
+    merged.__doc__, merged.__module__ = flags.__doc__, base.__module__
+    return merged
+
+
+def configure(method: str = "lens", **flags: Any) -> TrainConfig:
+    """The configuration of a run by keyword; see `config_of`."""
+    return config_of(method)(**flags)
 
 
 def check_once(flag: str, names: Sequence[str]) -> None:
@@ -320,45 +300,15 @@ def parse_flags(flags: type[Flags], arguments: Sequence[str] | None = None) -> F
     return tyro.cli(flags, args=arguments, console_outputs=os.environ.get("RANK", "0") == "0")
 
 
-def _default(name: str) -> Any:
-    return next(field.default for field in dataclasses.fields(TrainConfig) if field.name == name)
+def parse_method_flags(base: type[TrainConfig], arguments: Sequence[str] | None = None) -> TrainConfig:
+    """Read the flags of `base` and of the method that --method names; see `parse_flags`."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    return parse_flags(config_of(named_method(words), base), words)  # type: ignore[arg-type]
 
 
-def _check_numbers(config: TrainConfig) -> None:
-    """Raise unless every number is inside its range."""
-    expectations: dict[str, tuple[bool, str]] = {
-        "layers": (len(set(config.layers)) == len(config.layers) > 0, "one or more different layers"),
-        "lora_rank": (config.lora_rank >= 0, "0 or more"),
-        "lora_alpha": (_positive(config.lora_alpha), "a number above 0"),
-        "lora_dropout": (config.lora_dropout is None or 0.0 <= config.lora_dropout < 1.0, "a number in [0, 1)"),
-        "remove_coef": (_coefficient(config.remove_coef), "a finite number, 0 or more"),
-        "retain_coef": (_coefficient(config.retain_coef), "a finite number, 0 or more"),
-        "retain_start": (0.0 <= config.retain_start <= 1.0, "a number in [0, 1]"),
-        "adam_lr": (_positive(config.adam_lr), "a number above 0"),
-        "muon_lr": (_positive(config.muon_lr), "a number above 0"),
-        "momentum": (config.momentum is None or 0.0 <= config.momentum < 1.0, "a number in [0, 1)"),
-        "muon_floor": (config.muon_floor is None or 0.0 <= config.muon_floor < 1.0, "a number in [0, 1)"),
-        "weight_decay": (_coefficient(config.weight_decay), "a finite number, 0 or more"),
-        "clip": (config.clip > 0.0, "a number above 0, or inf"),
-        "warmup_ratio": (0.0 <= config.warmup_ratio < 1.0, "a number in [0, 1)"),
-        "seq_len": (config.seq_len >= 3, "3 or more"),
-        "seed": (config.seed >= 0, "0 or more"),
-        "prompts": (all(prompt.strip() for prompt in config.prompts), "texts, none of them empty"),
-    }
-    counts = ("examples", "epochs", "batch", "micro_batch", "micro_tokens", "eval_every", "limit", "eval_subsample")
-    for name in (*counts, "log_every"):
-        value = getattr(config, name)
-        expectations[name] = (value is None or value >= 1, "1 or more")
-    for name, (holds, expected) in expectations.items():
-        if not holds:
-            raise UserError(f"expected --{name.replace('_', '-')} to be {expected}; found {getattr(config, name)}")
-    if config.remove_coef == 0.0 and config.retain_coef == 0.0:
-        raise UserError("expected --remove-coef or --retain-coef above 0; found both 0: there is nothing to train on")
-
-
-def _positive(value: float | None) -> bool:
-    return value is None or (value > 0.0 and math.isfinite(value))
-
-
-def _coefficient(value: float | None) -> bool:
-    return value is None or (value >= 0.0 and math.isfinite(value))
+def named_method(words: Sequence[str]) -> str:
+    """The method that a command line names; the default where it names none, or one that is none, which is the parser's
+    to refuse."""
+    given = [word.partition("=")[2] for word in words if word.startswith("--method=")]
+    given += [after for word, after in itertools.pairwise(words) if word == "--method"]
+    return given[-1] if given and given[-1] in METHODS else "lens"

@@ -10,7 +10,7 @@ n target layers, D hidden size, V vocabulary.
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from unlearn.config import TrainConfig
 from unlearn.errors import UserError
 from unlearn.losses import CHUNK
+from unlearn.methods.terms import Needs
 from unlearn.model import blocks, blocks_prefix
 from unlearn.optim.polar import flops
 
@@ -91,22 +92,24 @@ class Layout:
         return cls(world_size, max(1, sizes[config.shard_kind(world_size)]))
 
 
-def terms(config: TrainConfig, shape: Shape, layout: Layout) -> dict[str, float]:
+def terms(config: TrainConfig, shape: Shape, layout: Layout, needs: Sequence[Needs]) -> dict[str, float]:
     """Bytes of one GPU at the fullest moment of a step, by what they are for.
 
     That moment is either in the backward pass of a block, or where the retain loss reads the vocabulary: of the terms
     of these two, the fuller ones are given.
+
+    Args:
+        needs: of the terms of the loss, see `blank.needs_of`.
     """
     compute = DTYPE_BYTES[config.dtype]
-    result = _states(config, shape, layout)
-    if config.remove_coef:
-        lens_layers = len([layer for layer in config.layers if layer < shape.depth])
-        translators = lens_layers * (shape.hidden**2 + shape.hidden)
-        result["lens"] = compute * (translators + shape.head + 2 * shape.hidden)
+    result = _states(config, shape, layout, needs)
+    own = sum(term.bytes for term in needs)
+    if own:
+        result["the method's own"] = own
     if not _is_sharded(config, layout) and config.lora_rank == 0 and compute != 4:
         result["weights as autocast rounds them"] = shape.parameters * compute
-    result["activations"] = _activations(config, shape) * compute
-    block, vocabulary = one_block(config, shape, layout), _vocabulary(config, shape)
+    result["activations"] = _activations(config, shape, needs) * compute
+    block, vocabulary = one_block(config, shape, layout), _vocabulary(config, shape, needs)
     return result | max(block, vocabulary, key=lambda moment: sum(moment.values()))
 
 
@@ -115,7 +118,7 @@ def _is_sharded(config: TrainConfig, layout: Layout) -> bool:
     return config.shard_kind(layout.world_size) != "replicate"
 
 
-def _states(config: TrainConfig, shape: Shape, layout: Layout) -> dict[str, float]:
+def _states(config: TrainConfig, shape: Shape, layout: Layout, needs: Sequence[Needs]) -> dict[str, float]:
     """Weights, gradients, optimizer states and the reference."""
     compute, ranks = DTYPE_BYTES[config.dtype], layout.shard
     trained, in_muon, result = shape.parameters, shape.matrices, {"weights": 4 * shape.parameters / ranks}
@@ -124,24 +127,24 @@ def _states(config: TrainConfig, shape: Shape, layout: Layout) -> dict[str, floa
         result["weights"] = (compute * shape.parameters + 4 * trained) / ranks
     if config.optimizer != "muon":
         in_muon = 0
-    terms = 1 if _is_sharded(config, layout) else 2  # replicated gradients are summed term by term
+    terms = 1 if _is_sharded(config, layout) else min(2, len(needs))  # replicated gradients are summed term by term
     result["gradients"] = 4 * trained * terms / ranks
     result["optimizer"] = (4 * in_muon + 8 * (trained - in_muon)) / ranks
-    if config.lora_rank == 0 and config.retain_coef and not config.offload_reference:
+    if config.lora_rank == 0 and any(term.original for term in needs) and not config.offload_reference:
         result["reference"] = (compute if _is_sharded(config, layout) else 4) * shape.parameters / ranks
     return result
 
 
-def _activations(config: TrainConfig, shape: Shape) -> float:
-    """Numbers that one micro-batch keeps for its backward pass: what blocks keep, and l2's copies of target streams."""
-    stream = micro_tokens(config) * shape.hidden
+def _activations(config: TrainConfig, shape: Shape, needs: Sequence[Needs]) -> float:
+    """Numbers that one micro-batch keeps for its backward pass: what blocks keep, and the original's streams."""
     kept = 1 if config.checkpoint_activations else KEPT[config.lora_rank > 0]
-    forget = kept * max(config.layers) if config.remove_coef else 0
-    retain = 0
-    if config.retain_coef:
-        streams = 0 if config.retain_loss == "kl" else len(config.layers)
-        retain = kept * (max(config.layers) if streams else shape.depth) + streams
-    return float(stream * (max(forget, retain) + 3))
+    most = max(kept * _reach(term, shape) + term.kept for term in needs)
+    return float(micro_tokens(config) * shape.hidden * (most + 3))
+
+
+def _reach(term: Needs, shape: Shape) -> int:
+    """How many blocks a term runs."""
+    return shape.depth if term.deepest is None else term.deepest
 
 
 def one_block(config: TrainConfig, shape: Shape, layout: Layout) -> dict[str, float]:
@@ -155,14 +158,18 @@ def one_block(config: TrainConfig, shape: Shape, layout: Layout) -> dict[str, fl
     return result
 
 
-def _vocabulary(config: TrainConfig, shape: Shape) -> dict[str, float]:
-    """Bytes of a loss over the vocabulary: a chunk of logits, and for the retain loss the unembeddings it reads."""
-    compute = DTYPE_BYTES[config.dtype]
-    chunk = min(CHUNK, micro_tokens(config))
-    divergence = bool(config.retain_coef) and config.retain_loss == "kl"
-    result = {"a chunk over the vocabulary": float((26 if divergence else 8) * chunk * shape.vocabulary)}
-    if divergence and not config.lora_rank:
-        result["unembedding and its gradient"] = float(shape.head * (3 * compute + 4))
+def _vocabulary(config: TrainConfig, shape: Shape, needs: Sequence[Needs]) -> dict[str, float]:
+    """Bytes of a loss over the vocabulary: a chunk of logits, and the unembeddings that it reads.
+
+    A chunk's numbers take 26 bytes where it is compared with the original's, 12 for a cross-entropy, 8 through a lens.
+    """
+    compute, chunk = DTYPE_BYTES[config.dtype], min(CHUNK, micro_tokens(config))
+    above = [term for term in needs if term.deepest is None]
+    compared = any(term.original for term in above)
+    each = 26 if compared else 12 if above else 8 if any(term.bytes for term in needs) else 0
+    result = {"a chunk over the vocabulary": float(each * chunk * shape.vocabulary)}
+    if above and not config.lora_rank:
+        result["unembedding and its gradient"] = float(shape.head * ((3 if compared else 2) * compute + 4))
     return result
 
 
@@ -171,26 +178,20 @@ def micro_tokens(config: TrainConfig) -> int:
     return config.micro_tokens or (config.micro_batch or 1) * config.seq_len
 
 
-def flops_per_step(config: TrainConfig, shape: Shape) -> float:
+def flops_per_step(config: TrainConfig, shape: Shape, needs: Sequence[Needs]) -> float:
     """Multiply-adds, times two, of one optimizer step over all ranks, at full windows.
 
     Per token and parameter of the blocks: 2 forward, 4 backward (2 where only adapters are trained), 2 for the
-    recomputation, 2 for the reference; the lens's and the unembedding's products likewise (forward and the gradient of
-    the stream); and Muon's Newton-Schulz iterations. Attention itself is left out (a few per cent).
+    recomputation, 2 for the original; the unembedding's products likewise; what a method computes beside the
+    models; and Muon's iterations. Attention itself is left out (a few per cent).
     """
-    tokens = config.batch * config.seq_len
-    blocks_only = shape.matrices
-    per_parameter = 2 + (4 if config.lora_rank == 0 else 2) + (2 if config.checkpoint_activations else 0)
+    backward = 4 if config.lora_rank == 0 else 2
     total = 0.0
-    if config.remove_coef:
-        reach = max(config.layers) / shape.depth
-        lens = len(config.layers) * (4 * shape.head + 4 * shape.hidden**2)
-        total += tokens * (per_parameter * blocks_only * reach + lens)
-    if config.retain_coef:
-        divergence = config.retain_loss == "kl"
-        head = (2 + 2 + (4 if config.lora_rank == 0 else 2)) * shape.head if divergence else 0
-        reach = 1.0 if divergence else max(config.layers) / shape.depth
-        total += tokens * ((per_parameter + 2) * blocks_only * reach + head)
+    for term in needs:
+        passes = 2 + backward + (2 if config.checkpoint_activations else 0) + (2 if term.original else 0)
+        head = (2 + backward + (2 if term.original else 0)) * shape.head if term.deepest is None else 0
+        blocks = passes * shape.matrices * _reach(term, shape) / shape.depth
+        total += config.batch * config.seq_len * (blocks + head + term.flops)
     return total + _orthogonalisation(config, shape)
 
 
@@ -221,15 +222,14 @@ class Neighbour:
     peak_gib: float
 
 
-def neighbours(config: TrainConfig, shape: Shape, layout: Layout) -> list[Neighbour]:
+def neighbours(config: TrainConfig, shape: Shape, layout: Layout, needs: Sequence[Needs]) -> list[Neighbour]:
     """Runs that differ in one thing and need less, the most helpful first."""
-    here = peak_gib(config, shape, layout)
+    here = peak_gib(config, shape, layout, needs)
     tried: list[Neighbour] = []
 
     def consider(change: str, flags: Mapping[str, object], other: Layout = layout) -> None:
-        given = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
-        changed = TrainConfig(**(given | dict(flags)))
-        tried.append(Neighbour(change, peak_gib(changed, shape, other)))
+        changed = dataclasses.replace(config, **flags)  # type: ignore[arg-type]
+        tried.append(Neighbour(change, peak_gib(changed, shape, other, needs)))
 
     if micro_tokens(config) > config.seq_len:
         key = "micro_tokens" if config.micro_tokens else "micro_batch"
@@ -257,9 +257,9 @@ def neighbours(config: TrainConfig, shape: Shape, layout: Layout) -> list[Neighb
     return sorted((found for found in tried if found.peak_gib < here), key=lambda found: found.peak_gib)
 
 
-def peak_gib(config: TrainConfig, shape: Shape, layout: Layout) -> float:
+def peak_gib(config: TrainConfig, shape: Shape, layout: Layout, needs: Sequence[Needs]) -> float:
     """The sum of all terms, in GiB."""
-    return sum(terms(config, shape, layout).values()) / GIB
+    return sum(terms(config, shape, layout, needs).values()) / GIB
 
 
 def check_rank(lora_rank: int, shape: Shape) -> None:
@@ -272,14 +272,14 @@ def check_rank(lora_rank: int, shape: Shape) -> None:
         )
 
 
-def check_fits(config: TrainConfig, shape: Shape, layout: Layout, limit_gib: float) -> None:
+def check_fits(config: TrainConfig, shape: Shape, layout: Layout, needs: Sequence[Needs], limit_gib: float) -> None:
     """Raise unless the planned peak is within `limit_gib`, naming the largest term and what would help."""
-    found = terms(config, shape, layout)
+    found = terms(config, shape, layout, needs)
     peak = sum(found.values()) / GIB
     if peak <= limit_gib:
         return
     largest = max(found, key=lambda name: found[name])
-    better = next(iter(neighbours(config, shape, layout)), None)
+    better = next(iter(neighbours(config, shape, layout, needs)), None)
     remedy = f"try {better.change} ({better.peak_gib:.1f} GiB)" if better else "use a smaller model or more GPUs"
     raise UserError(
         f"expected a run that fits into {limit_gib:.1f} GiB; found a planned peak of {peak:.1f} GiB, most of it "

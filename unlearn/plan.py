@@ -1,12 +1,15 @@
 """`python -m unlearn plan`: print what a run will need; see `memory.py` for the formula and its notation."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from unlearn.blank import needs_of
 from unlearn.errors import UserError
 from unlearn.memory import GIB, Layout, Shape, flops_per_step, neighbours, terms
+from unlearn.methods.terms import Needs
 from unlearn.model import empty_model
 from unlearn.plan_config import PlanConfig
 
@@ -23,7 +26,7 @@ def plan(config: PlanConfig) -> None:
             f"expected --world-size to be a multiple of the {layout.shard} GPUs that share a copy; found "
             f"{layout.world_size}: change --shard-size"
         )
-    found = _numbers(config, shape, layout)
+    found = _numbers(config, shape, layout, needs_of(config))
     if config.verify:
         from unlearn.simulate import simulated_peak
 
@@ -37,9 +40,9 @@ def _shape(config: PlanConfig) -> Shape:
     return Shape.of(model, config.lora_targets)
 
 
-def _numbers(config: PlanConfig, shape: Shape, layout: Layout) -> dict[str, Any]:
-    by_term = {name: size / GIB for name, size in terms(config, shape, layout).items()}
-    flops = flops_per_step(config, shape)
+def _numbers(config: PlanConfig, shape: Shape, layout: Layout, needs: Sequence[Needs]) -> dict[str, Any]:
+    by_term = {name: size / GIB for name, size in terms(config, shape, layout, needs).items()}
+    flops = flops_per_step(config, shape, needs)
     seconds = flops / (config.tflops * 1e12 * config.world_size)
     steps = -(-(config.examples or 0) * config.epochs // config.batch)
     peak = sum(by_term.values())
@@ -56,7 +59,7 @@ def _numbers(config: PlanConfig, shape: Shape, layout: Layout) -> dict[str, Any]
         "seconds_per_step": seconds,
         "steps": steps,
         "hours": steps * seconds / 3600,
-        "neighbours": [{"change": n.change, "peak_gib": n.peak_gib} for n in neighbours(config, shape, layout)],
+        "neighbours": [{"change": n.change, "peak_gib": n.peak_gib} for n in neighbours(config, shape, layout, needs)],
     }
 
 

@@ -11,9 +11,9 @@ import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,16 +22,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from unlearn.building import method_parts, original_model, precision, trained_model
+from unlearn.blank import blank_lens, full_windows, needs_of
+from unlearn.building import method_parts, method_terms, original_model, precision, trained_model
 from unlearn.config import TrainConfig
-from unlearn.data import Batches, Corpus
-from unlearn.lens import TunedLens
-from unlearn.memory import Layout, micro_tokens
-from unlearn.methods import lens as lens_method
+from unlearn.memory import Layout
 from unlearn.methods.terms import Loss, Parts, Term
-from unlearn.model import empty_model, final_norm
 from unlearn.optim.build import build_optimizers
-from unlearn.precision import DTYPES
 from unlearn.sharding import shard_mesh
 from unlearn.trainer import clip_gradients, gradients
 from unlearn.weights import local_rows, materialise
@@ -121,7 +117,7 @@ def fake_ranks(world_size: int) -> Iterator[FakeTensorMode]:
 Method = Callable[[TrainConfig, Parts], list[Term]]
 
 
-def simulated_peak(config: TrainConfig, layout: Layout, method: Method = lens_method.terms) -> int:
+def simulated_peak(config: TrainConfig, layout: Layout, method: Method = method_terms) -> int:
     """Peak bytes of one rank over an optimizer step of two micro-batches a loss term, at full windows.
 
     The step is the run's own code: forward and backward passes and clipping, beside the optimizers' states. It runs in
@@ -160,14 +156,14 @@ def _simulate(config: TrainConfig, layout: Layout, method: Method) -> int:
     with fake_ranks(layout.world_size) as fake:
         size = layout.shard if config.shard == "hybrid" else None
         mesh = shard_mesh(config.shard_kind(layout.world_size), size, CPU)  # before the mode: it holds real ranks
-        model, original = trained_model(config, mesh), original_model(config, mesh)
+        model, original = trained_model(config, mesh), original_model(config, mesh, needs_of(config))
         windows = full_windows(config, layout.world_size)
         with fake, counting() as counter:
-            lens = blank_lens(config, CPU)
             materialise(model, CPU)
             if original is not None:
                 materialise(original, CPU)
-            terms = method(config, method_parts(config, model, original, lens, windows))
+            lens = partial(blank_lens, config, device=CPU)
+            terms = method(config, method_parts(config, model, original, windows, lens, CPU))
             if config.offload_reference and original is not None:
                 counter.live -= sum(local_rows(p)[0].nbytes for p in original.parameters())  # in host memory
             held = optimizer_states(config, model)
@@ -178,30 +174,6 @@ def _simulate(config: TrainConfig, layout: Layout, method: Method) -> int:
             clip_gradients(parameters, 1.0, torch.ones(()))
             del held
             return counter.peak
-
-
-def blank_lens(config: TrainConfig, device: torch.device) -> TunedLens:
-    """A lens of the right shape whose numbers mean nothing."""
-    readout = empty_model(config.model, revision=config.revision, dtype=DTYPES[config.dtype])
-    for part in (final_norm(readout), readout.get_output_embeddings()):
-        materialise(part, device)
-    layers = [layer for layer in config.layers if layer < readout.config.num_hidden_layers and config.remove_coef]
-    width = int(readout.config.hidden_size)
-    return TunedLens(readout, {layer: (torch.empty(width, width), torch.empty(width)) for layer in layers})
-
-
-def full_windows(config: TrainConfig, world_size: int, micro_batches: int = 2, steps: int = 2) -> dict[str, Batches]:
-    """Global batches of `micro_batches` micro-batches a rank, all windows full: the costliest that the flags allow."""
-    rows = max(1, micro_tokens(config) // config.seq_len)
-    batch = micro_batches * rows * world_size
-    count = steps * batch
-    corpus = Corpus("full windows", count, [np.zeros(config.seq_len, dtype=np.int32)] * count)
-    used = {"forget": config.remove_coef != 0.0, "retain": config.retain_coef != 0.0}
-    return {
-        tag: Batches(corpus, examples=count, total=count, batch=batch, seed=0, tag=tag, micro_batch=rows)
-        for tag, needed in used.items()
-        if needed
-    }
 
 
 def optimizer_states(config: TrainConfig, model: torch.nn.Module) -> list[Any]:

@@ -1,7 +1,7 @@
 """Assemble an unlearning run from its flags, say what it will do, and export what it made."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,15 @@ import torch
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unlearn.building import master_dtype, method_parts, original_model, precision, trained_model
+from unlearn.blank import needs_of
+from unlearn.building import (
+    master_dtype,
+    method_parts,
+    method_terms,
+    original_model,
+    precision,
+    trained_model,
+)
 from unlearn.config import TrainConfig
 from unlearn.data import Batches, Corpus, check_examples, read_corpus
 from unlearn.distributed import fail_together, is_main, world_size
@@ -18,8 +26,7 @@ from unlearn.lens import TunedLens
 from unlearn.lens_readings import Stage, read_prompts, write_stage
 from unlearn.lora import adapters, initial_adapters, merge_lora, save_adapter
 from unlearn.memory import Layout, Shape, available_gib, check_fits, check_rank
-from unlearn.methods import lens as lens_method
-from unlearn.methods.terms import Loss, Parts
+from unlearn.methods.terms import Loss, Needs, Parts
 from unlearn.model import (
     cast_parameters,
     empty_model,
@@ -37,25 +44,21 @@ from unlearn.weights import Checkpoint, fill, shared_folder
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What a run reads, but for the weights in training."""
-
-    tokenizer: PreTrainedTokenizerBase
-    batches: dict[str, Batches]
-    lens: TunedLens
-    checkpoint: Checkpoint
-    identity: dict[str, str]  # digests of it all
-
-
-@dataclass(frozen=True)
 class Unlearning:
-    """Everything that a run trains with."""
+    """Everything that a run trains with; before `fill_models` the models have no memory, and there is no optimizer.
+
+    Attributes:
+        identity: digests of all that is read.
+    """
 
     config: TrainConfig
     model: PreTrainedModel
+    original: PreTrainedModel | None
+    checkpoint: Checkpoint
     tokenizer: PreTrainedTokenizerBase
     parts: Parts
     loss: Loss
+    identity: dict[str, str]
     optimizers: dict[str, Optimizer]
 
     @property
@@ -64,48 +67,59 @@ class Unlearning:
         return next(iter(self.parts.batches.values())).steps
 
 
-def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
-    """Read corpora and lens, and look for every mistake in what the flags name.
+def assemble(config: TrainConfig, device: torch.device) -> Unlearning:
+    """Read all that the method asks for but the models' weights, and look for every mistake in what the flags name.
 
     Raises:
         UserError: anything is missing, damaged or does not fit the rest; or the run cannot fit into memory.
     """
     model_config = load_config(config.model, revision=config.revision)
     config.check_depth(int(model_config.num_hidden_layers))
-    _check_memory(config, device)
+    needs = needs_of(config)
+    _check_memory(config, needs, device)
     tokenizer = load_tokenizer(config.model, revision=config.revision)
-    batches = _batches(config, tokenizer)
-    check_windows(model_config, {one.corpus.name: one.corpus.windows for one in batches.values()})
-    check_apart({name: of_name.corpus for name, of_name in batches.items()})
-    lens = _lens(config, device, config.layers if "forget" in batches else ())
     with fail_together():
         checkpoint = Checkpoint.open(config.model, revision=config.revision)
-    identity = {
-        "model": files_hash(checkpoint.paths()),
-        **settings_hashes(checkpoint.folder),
-        "lens": tensors_hash(dict(lens.translators.named_parameters())),
-    }
+    mesh = shard_mesh(config.shard_kind(world_size()), config.shard_size, device)
+    model, original = trained_model(config, mesh), original_model(config, mesh, needs)
+    identity = {"model": files_hash(checkpoint.paths()), **settings_hashes(checkpoint.folder)}
+    batches = Corpora(config, tokenizer)
+
+    def lens(layers: tuple[int, ...]) -> TunedLens:
+        found = _lens(config, device, layers)
+        identity["lens"] = tensors_hash(dict(found.translators.named_parameters()))
+        return found
+
+    parts = method_parts(config, model, original, batches, lens, device)
+    terms = method_terms(config, parts)
+    check_windows(model_config, {one.corpus.name: one.corpus.windows for one in batches.values()})
+    check_apart({name: of_name.corpus for name, of_name in batches.items()})
     identity |= {f"{name} corpus": of_name.corpus.sha256() for name, of_name in batches.items()}
-    return Inputs(tokenizer, batches, lens, checkpoint, identity)
+    loss = Loss(terms, precision(config, mesh, device), [] if original is None else [original])
+    return Unlearning(config, model, original, checkpoint, tokenizer, parts, loss, identity, {})
 
 
-def build(config: TrainConfig, device: torch.device, inputs: Inputs | None = None) -> Unlearning:
-    """Put a run together, reading the model's weights, and `inputs` if they are not given.
+def build(config: TrainConfig, device: torch.device) -> Unlearning:
+    """Assemble a run, read the models' weights, and make the optimizers; see `assemble` and `fill_models`."""
+    run = assemble(config, device)
+    fill_models(run)
+    return run
+
+
+def fill_models(run: Unlearning) -> None:
+    """Read the models' weights, and make the optimizers of the one in training.
 
     Raises:
-        UserError: see `read_inputs`; or the weights are damaged.
+        UserError: the weights are damaged.
     """
-    inputs = inputs or read_inputs(config, device)
-    mesh = shard_mesh(config.shard_kind(world_size()), config.shard_size, device)
-    model, original = trained_model(config, mesh), original_model(config, mesh)
+    config, device = run.config, run.parts.device
     with fail_together():
-        fill(model, inputs.checkpoint, device, initial=initial_adapters(model))
-        if original is not None:
+        fill(run.model, run.checkpoint, device, initial=initial_adapters(run.model))
+        if run.original is not None:
             weights = torch.device("cpu") if config.offload_reference else device
-            fill(original, inputs.checkpoint, weights, buffers=device)  # FSDP2 brings the offloaded weights alone
-    parts = method_parts(config, model, original, inputs.lens, inputs.batches)
-    optimizers = build_optimizers(
-        model,
+            fill(run.original, run.checkpoint, weights, buffers=device)  # FSDP2 brings the offloaded weights alone
+    built = build_optimizers(
+        run.model,
         optimizer=config.optimizer,
         adam_lr=config.adam_lr,
         muon_lr=config.muon_lr,
@@ -115,33 +129,42 @@ def build(config: TrainConfig, device: torch.device, inputs: Inputs | None = Non
         floor=config.muon_floor,
         qkv=config.muon_qkv or "fused",
     )
-    loss = Loss(
-        lens_method.terms(config, parts), precision(config, mesh, device), [] if original is None else [original]
-    )
-    return Unlearning(config, model, inputs.tokenizer, parts, loss, optimizers)
+    run.optimizers.update(built)
 
 
-def _check_memory(config: TrainConfig, device: torch.device) -> None:
+class Corpora(dict[str, Batches]):
+    """The global batches of each corpus that a method asks for, read in that moment: as many windows of the later ones
+    as of the first."""
+
+    def __init__(self, config: TrainConfig, tokenizer: PreTrainedTokenizerBase):
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+
+    def __missing__(self, name: str) -> Batches:
+        config, corpus = self.config, _read(self.config, self.tokenizer, name)
+        assert config.examples is not None
+        check_examples(corpus, config.examples, config.batch)
+        first = next(iter(self.values())).corpus if self else corpus
+        self[name] = Batches(
+            corpus,
+            examples=config.examples,
+            total=min(config.examples, len(first.windows)) * config.epochs,
+            batch=config.batch,
+            seed=config.seed,
+            tag=name,
+            micro_batch=config.micro_batch,
+            micro_tokens=config.micro_tokens,
+        )
+        return self[name]
+
+
+def _check_memory(config: TrainConfig, needs: Sequence[Needs], device: torch.device) -> None:
     """Refuse a run that cannot fit, before anything is read but the model's configuration."""
     model = empty_model(config.model, revision=config.revision)
     layout = Layout.of(config, world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", world_size())))
     shape = Shape.of(model, config.lora_targets)
     check_rank(config.lora_rank, shape)
-    check_fits(config, shape, layout, available_gib(device))
-
-
-def _batches(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Batches]:
-    """The global batches of each corpus whose coefficient is not 0: as many windows of one as of the other."""
-    used = {"forget": config.remove_coef != 0.0, "retain": config.retain_coef != 0.0}
-    corpora = {name: _read(config, tokenizer, name) for name, needed in used.items() if needed}
-    assert config.examples is not None
-    for corpus in corpora.values():
-        check_examples(corpus, config.examples, config.batch)
-    leading = next(iter(corpora.values()))
-    total = min(config.examples, len(leading.windows)) * config.epochs
-    settings = {name: getattr(config, name) for name in ("examples", "batch", "seed", "micro_batch", "micro_tokens")}
-    settings["total"] = total
-    return {name: Batches(corpus, **settings, tag=name) for name, corpus in corpora.items()}
+    check_fits(config, shape, layout, needs, available_gib(device))
 
 
 def _read(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, which: str) -> Corpus:
@@ -164,7 +187,7 @@ def _lens(config: TrainConfig, device: torch.device, layers: Iterable[int] | Non
         readout = empty_model(config.model, revision=config.revision, dtype=master_dtype(config))
         for part in (final_norm(readout), readout.get_output_embeddings()):
             fill(readout, checkpoint, device, part=part)
-    return TunedLens.load(config.lens or "", readout, layers).to(DTYPES[config.dtype])
+    return TunedLens.load(getattr(config, "lens", None) or "", readout, layers).to(DTYPES[config.dtype])
 
 
 def announce(run: Unlearning) -> None:
@@ -214,16 +237,17 @@ def read_lens(run: Unlearning, folder: Path, stage: Stage) -> None:
     The lens is in memory at all layers for no longer than this takes, and nothing random is drawn.
     """
     config, training = run.config, run.model.training
-    if not config.prompts:
+    prompts = getattr(config, "prompts", ())
+    if not prompts:
         return
     lens = _lens(config, next(run.model.parameters()).device, None)
     run.model.eval()
-    prompts = read_prompts(run.model, lens, run.tokenizer, config.prompts, stage, run.loss.precision)
+    readings = read_prompts(run.model, lens, run.tokenizer, prompts, stage, run.loss.precision)
     reshard(run.model)  # the passes ended early: the root's tied embedding would stay gathered, and no longer sharded
     run.model.train(training)
     with fail_together():
         if is_main():
-            write_stage(folder, lens, str(config.lens), prompts, stage)
+            write_stage(folder, lens, str(config.lens), readings, stage)  # type: ignore[attr-defined]
 
 
 def finish(run: Unlearning, folder: Path) -> None:

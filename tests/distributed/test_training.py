@@ -15,7 +15,7 @@ from harness import run_ranks
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from unlearn.config import TrainConfig
+from unlearn.config import configure
 from unlearn.distributed import fail_together, rank, sum_gradients
 from unlearn.errors import UserError
 from unlearn.methods.terms import Cost, Loss
@@ -58,7 +58,7 @@ def prepare(home: Path, mode: str, **flags: Any) -> Unlearning:
     paths |= {name: str(home / f"{name}.jsonl") for name in ("forget", "retain")}
     # 19 examples in batches of 8: the last global batch has 3 rows, fewer than 4 ranks
     sizes = {"layers": (1, 3, 4), "seq_len": 24, "batch": 8, "examples": 19, "dtype": "fp32", "retain_start": 0.5}
-    return build(TrainConfig(**(paths | sizes | MODES[mode] | flags)), torch.device("cpu"))
+    return build(configure(**(paths | sizes | MODES[mode] | flags)), torch.device("cpu"))
 
 
 def few_steps(home: Path, mode: str, flags: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
@@ -284,7 +284,7 @@ def read_with_too_few(home: Path, examples: int, batch: int) -> str:
         paths = {name: str(home / name) for name in ("model", "lens")}
         paths |= {name: str(home / f"{name}.jsonl") for name in ("forget", "retain")}
         build(
-            TrainConfig(**paths, layers=(1,), examples=examples, batch=batch, seq_len=24, dtype="fp32"),
+            configure(**paths, layers=(1,), examples=examples, batch=batch, seq_len=24, dtype="fp32"),
             torch.device("cpu"),
         )
     except UserError as error:

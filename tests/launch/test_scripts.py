@@ -16,7 +16,7 @@ import pytest
 
 from evals.eval_config import EvalConfig
 from evals.tamper_config import TamperConfig
-from unlearn.config import TrainConfig, parse_flags
+from unlearn.config import TrainConfig, parse_flags, parse_method_flags
 
 ROOT = Path(__file__).parent.parent.parent
 LAUNCH = ROOT / "launch"
@@ -323,16 +323,16 @@ def recipe(name: str, *flags: str) -> list[str]:
 
 
 def test_the_lora_recipe_is_the_published_configuration() -> None:
-    config = parse_flags(TrainConfig, recipe("lora-adamw"))
+    config = parse_method_flags(TrainConfig, recipe("lora-adamw"))
     assert (config.lora_rank, config.lora_alpha, config.lora_dropout, config.adam_lr) == (16, 16, 0.05, 1e-3)
     assert (config.remove_coef, config.retain_coef, config.retain_loss, config.examples) == (5, 5, "l2", 8192)
     assert (config.batch, config.epochs, config.layers) == (32, 1, (5, 10, 15, 20, 25, 30))
-    assert config == parse_flags(TrainConfig, recipe("lora-adamw", "--seed", "0"))
-    assert parse_flags(TrainConfig, recipe("lora-adamw", "--examples", "64")).examples == 64
+    assert config == parse_method_flags(TrainConfig, recipe("lora-adamw", "--seed", "0"))
+    assert parse_method_flags(TrainConfig, recipe("lora-adamw", "--examples", "64")).examples == 64
 
 
 def test_the_muon_recipe_is_the_published_configuration() -> None:
-    config = parse_flags(TrainConfig, recipe("full-muon", "--remove-coef", "3"))
+    config = parse_method_flags(TrainConfig, recipe("full-muon", "--remove-coef", "3"))
     assert (config.optimizer, config.muon_lr, config.adam_lr, config.momentum) == ("muon", 1e-3, 3e-4, 0.95)
     assert (config.remove_coef, config.retain_coef, config.retain_loss, config.examples) == (3, 1, "kl", 1024)
     assert config.lora_rank == 0 and config.batch == 32
@@ -346,7 +346,7 @@ def test_the_attack_recipe_is_the_published_short_form() -> None:
 
 def test_every_run_of_the_grid_parses_and_is_of_its_own() -> None:
     lines = commands(call(LAUNCH / "recipes/tuning-grid.sh", "--forget-template", "{title} x"))
-    configs = [parse_flags(TrainConfig, words[1:]) for words in lines]
+    configs = [parse_method_flags(TrainConfig, words[1:]) for words in lines]
     assert len({config.output for config in configs}) == len(configs) == 54
     assert {config.muon_lr for config in configs} == {1e-4, 1e-3, 0.02}
     assert {config.retain_coef for config in configs} == {0.0, 0.5, 1.0}

@@ -9,37 +9,99 @@ Shapes: B rows, S positions, N real tokens among them, D hidden size, V vocabula
 """
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from unlearn.config import TrainConfig
+from unlearn.config import FORGETS, RETAINS, LayerFlags, RetainFlags, check_layers
 from unlearn.data import Rows
+from unlearn.errors import UserError
+from unlearn.flags import by_mode, flag
 from unlearn.losses import next_token, uniform_per_token
-from unlearn.methods.retain import by_prediction, by_streams
-from unlearn.methods.terms import Cost, Numbers, OnStreams, Parts, Term, falling, rising
+from unlearn.methods.retain import hold
+from unlearn.methods.terms import Cost, Needs, Numbers, OnStreams, Parts, Term, falling
 from unlearn.model import residual_streams
 from unlearn.seeding import random_bits
 
 
-def terms(flags: TrainConfig, parts: Parts) -> list[Term]:
+@dataclass(frozen=True, kw_only=True)
+class Flags(LayerFlags, RetainFlags):
+    """Unlearn a model: push what a frozen tuned lens reads off the target layers towards uniform on forget text, and
+    hold the model to its original on retain text."""
+
+    layers: tuple[int, ...] = (5, 10, 15, 20, 25, 30)
+    """Target layers l, in 0..L: the residual stream that enters block l; L is the final one, read without a lens.
+    Published: 5 10 15 20 25 30."""
+    lens: str | None = flag(published=lambda config: config.default_lens, only=FORGETS)
+    """Tuned lens of the model: a local folder or a hub name. Default: <model>-lens, as in the published runs."""
+    lens_tap: Literal["input", "output"] = "input"
+    """Apply translator l to the stream that enters block l (input), or to the one that leaves it (output: the
+    off-by-one of earlier published runs, only for comparing with them)."""
+    forget_loss: Literal["uniform", "sampled", "gradient-ascent"] = flag("uniform", only=FORGETS)
+    """uniform: exact cross-entropy against the uniform distribution; sampled: against one random token a position
+    (about 200 times noisier); gradient-ascent: minus the true next token's. All over ln V."""
+    remove_coef: float | None = flag(published=by_mode(lora=5.0, full=2.0), least=0.0)
+    """Weight of the forget loss; falls to 75 % of it over the run. Published: 5 with LoRA, 2 full."""
+    retain_coef: float | None = flag(published=by_mode(lora=5.0, full=1.0), least=0.0)
+    """Weight of the retain loss at the end of the run. Published: 5 with LoRA, 1 full."""
+    retain_loss: Literal["kl", "l2", "mse", "next-token"] | None = flag(
+        published=by_mode(lora="l2", full="kl"), only=RETAINS
+    )
+    """kl: KL(original || model) a token, in nats; l2: distance of the residual streams at the target layers; mse: mean
+    square of their difference; next-token: cross-entropy of retain text. Published: l2 with LoRA, kl full."""
+    prompts: tuple[str, ...] = flag((), only=FORGETS)
+    """Texts to read with the lens at every layer, before the first step and after the last, for the report; written to
+    lens.json."""
+
+    @property
+    def uses_layers(self) -> bool:
+        """Whether a loss is read at target layers: the divergence from the original is not."""
+        return self.remove_coef != 0.0 or self.retain_loss in ("l2", "mse")
+
+    def check_method(self) -> None:
+        """Raise unless there is something to train on, layers where one is read at them, and no empty prompt."""
+        LayerFlags.check_method(self)
+        if self.remove_coef == 0.0 and self.retain_coef == 0.0:
+            raise UserError("expected --remove-coef or --retain-coef above 0; found both 0: nothing to train on")
+        if not self.uses_layers and self.layers != Flags.layers:
+            raise UserError("--layers has no effect with --remove-coef 0 and this --retain-loss: leave it out")
+        if not all(prompt.strip() for prompt in self.prompts):
+            raise UserError(f"expected --prompts to be texts, none of them empty; found {self.prompts}")
+
+    def check_depth(self, depth: int) -> None:
+        """Raise unless every target layer exists in a model of `depth` blocks, or none is looked at."""
+        if self.uses_layers:
+            check_layers(self.layers, depth - 1 if self.lens_tap == "output" else depth, depth)
+        if set(self.layers) == {depth} and self.lens not in (None, self.default_lens):
+            raise UserError(f"--lens has no effect with --layers {depth}, the final stream: leave it out")
+
+    @property
+    def default_lens(self) -> str:
+        """The name that the published lenses have beside their models."""
+        return f"{self.model.rstrip('/')}-lens"  # type: ignore[attr-defined]  # of the whole configuration
+
+
+def terms(flags: Flags, parts: Parts) -> list[Term]:
     """The forget term and the retain term, without one whose coefficient is 0."""
     shift = 1 if flags.lens_tap == "output" else 0  # how far above h[l] translator l reads
     tapped = tuple(layer + shift for layer in flags.layers)
     found = []
     if flags.remove_coef:
-        forget = ReadOff(flags, parts, shift)
-        found.append(Term("forget", parts.batches["forget"], forget, falling(flags.remove_coef)))
-    if flags.retain_coef:
-        hold = by_prediction(parts) if flags.retain_loss == "kl" else by_streams(parts, tapped)
-        found.append(Term("retain", parts.batches["retain"], hold, rising(flags.retain_coef, flags.retain_start)))
-    return found
+        read_off = ReadOff(flags, parts, shift)
+        lens = read_off.lens
+        size = sum(parameter.nbytes for parameter in lens.parameters())
+        flops = len(tapped) * (4 * lens.unembedding.numel() + 4 * lens.unembedding.shape[1] ** 2)
+        needs = Needs(deepest=max(tapped), bytes=size, flops=flops)
+        found.append(Term("forget", parts.batches["forget"], read_off, falling(flags.remove_coef), needs))
+    return found + hold(flags, parts, tapped)
 
 
 class ReadOff:
     """The forget loss of what the lens reads at each target layer l, h[l + shift] [B, S, D]."""
 
-    def __init__(self, flags: TrainConfig, parts: Parts, shift: int):
+    def __init__(self, flags: Flags, parts: Parts, shift: int):
         self.flags, self.model, self.shift, self.lens = flags, parts.model, shift, parts.lens(flags.layers)
 
     def __call__(self, rows: Rows) -> Cost:

@@ -4,14 +4,53 @@ Shapes: N real tokens of a micro-batch, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from unlearn.config import RetainFlags
 from unlearn.data import Rows
-from unlearn.losses import kl_divergence, l2_distance
-from unlearn.methods.terms import Cost, Numbers, OnStreams, Parts, Plain
+from unlearn.losses import kl_divergence, l2_distance, next_token
+from unlearn.methods.terms import Cost, Needs, Numbers, OnStreams, Parts, Plain, Term, rising
 from unlearn.model import final_hidden, residual_streams, softcap, through_head
+
+
+def hold(flags: RetainFlags, parts: Parts, layers: tuple[int, ...]) -> list[Term]:
+    """The retain term that the flags ask for, none with a coefficient of 0.
+
+    Args:
+        layers: whose residual streams `l2` and `mse` hold.
+    """
+    if not flags.retain_coef:
+        return []
+    streams = Needs(deepest=max(layers, default=None), original=True, kept=len(layers))
+    cost, needs = {
+        "kl": (by_prediction(parts), Needs(original=True)),
+        "l2": (by_streams(parts, layers, l2_distance), streams),
+        "mse": (by_streams(parts, layers, mean_square), streams),
+        "next-token": (prediction(parts.model), Needs()),
+    }[flags.retain_loss or "kl"]
+    weight = rising(flags.retain_coef, flags.retain_start)
+    return [Term("retain", parts.batches["retain"], cost, weight, needs)]
+
+
+def mean_square(hidden: Tensor, reference: Tensor) -> Tensor:
+    """Mean over D of (h - h_ref)^2, float32 [N], of residual streams [N, D]."""
+    return (hidden.float() - reference.float()).square().mean(dim=-1)
+
+
+def prediction(model: PreTrainedModel) -> Callable[[Rows], Cost]:
+    """Mean cross-entropy of the next token, in nats, over every token that has one."""
+
+    def cost(rows: Rows) -> Cost:
+        hidden = final_hidden(model, rows.input_ids, rows.at_leading)  # [M, D]
+        targets, weights = rows.next_ids(), rows.leading_weights()
+        read = partial(next_token, targets=targets, weights=weights, softcap=softcap(model))
+        return Plain(through_head(model, hidden, read)[0])
+
+    return cost
 
 
 def by_prediction(parts: Parts) -> Callable[[Rows], Cost]:
@@ -39,15 +78,17 @@ def by_prediction(parts: Parts) -> Callable[[Rows], Cost]:
     return cost
 
 
-def by_streams(parts: Parts, layers: tuple[int, ...]) -> Callable[[Rows], Cost]:
-    """Mean distance of the residual streams at `layers`."""
+def by_streams(
+    parts: Parts, layers: tuple[int, ...], distance_of: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[Rows], Cost]:
+    """Mean distance of the residual streams at `layers`: of two [N, D], [N]."""
 
     def cost(rows: Rows) -> Cost:
         with torch.no_grad(), parts.original() as original:
             kept = residual_streams(original, rows.input_ids, layers)
 
         def distance(layer: int, stream: Tensor) -> tuple[Tensor, Numbers]:
-            distances = l2_distance(rows.at_real(stream), rows.at_real(kept.pop(layer)))  # [N]
+            distances = distance_of(rows.at_real(stream), rows.at_real(kept.pop(layer)))  # [N]
             return rows.mean(distances) / len(layers), {}
 
         return OnStreams(residual_streams(parts.model, rows.input_ids, layers), distance)

@@ -6,7 +6,8 @@ A term's mean is over the tokens of the *global* batch: `rows.mean(x)` divides b
 The trainer goes through the micro-batches, sets precision and dropout, calls `backward` and sums over ranks: a method
 sees none of it.
 
-How to add one: write a file in this folder with `terms(flags, parts) -> list[Term]`.
+How to add one: write a file in this folder, with a dataclass `Flags` and `terms(flags, parts) -> list[Term]`, and add
+its name to METHODS.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -68,6 +69,24 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What a term needs, for the plan of memory and arithmetic.
+
+    Attributes:
+        deepest: the deepest residual stream that it reads; None if it reads the unembedding above all of them.
+        original: whether it runs the original too. kept: how many of its residual streams [B, S, D] it keeps.
+        bytes: of what it holds over the whole run beside the models, computed in the run's dtype.
+        flops: floating-point operations a token beside the models'.
+    """
+
+    deepest: int | None = None
+    original: bool = False
+    kept: int = 0
+    bytes: float = 0.0
+    flops: float = 0.0
+
+
+@dataclass(frozen=True)
 class Term:
     """One term of a loss.
 
@@ -76,12 +95,14 @@ class Term:
         batches: of its corpus.
         cost: what one micro-batch costs; called with gradients enabled where the weight is not 0.
         weight: of s, which rises from 0 at the first step to 1 at the last.
+        needs: for the plan of memory.
     """
 
     name: str
     batches: Source
     cost: Callable[[Rows], Cost]
     weight: Callable[[float], float] = lambda s: 1.0
+    needs: Needs = Needs()
 
 
 @dataclass(frozen=True)

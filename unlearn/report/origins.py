@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from unlearn.config import TrainConfig
+from unlearn.config import config_of
 from unlearn.report.record import Record
 
 PACKAGES = ("unlearn", "torch", "transformers", "lm-eval", "datasets", "matplotlib")
@@ -33,7 +33,8 @@ def typed(recorded: Mapping[str, Any]) -> str | None:
 
 def command(config: Mapping[str, Any]) -> str:
     """The command line of train.py that gives these flags: every one that differs from its default."""
-    return _joined("train.py", config, {item.name: item.default for item in dataclasses.fields(TrainConfig)})
+    fields = dataclasses.fields(config_of(config.get("method", "lens")))
+    return _joined("train.py", config, {item.name: item.default for item in fields} | {"method": "lens"})
 
 
 def _joined(script: str, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
