@@ -156,8 +156,8 @@ class TrainConfig(CorpusFlags, ResumeFlags, DeviceFlags):
     less exact, torch.optim.Muon's bits. Default: gram."""
     muon_floor: float | None = None
     """Singular values of a matrix's direction that are below this share of its greatest pass in proportion, instead of
-    being lifted to full size: rounding is not trained on. 0: lift them all, as torch.optim.Muon does. Default: 0.01,
-    and 0 with quintic, which has none."""
+    being lifted to full size: rounding is not trained on. Up to a short side of 64 exactly; above, about, and of up to
+    2.8 times the greatest. 0: lift them all, as torch.optim.Muon does. Default: 0.01, and 0 with quintic."""
     muon_qkv: Literal["fused", "split", "per-head"] | None = None
     """What Muon orthogonalises of GPT-NeoX's fused query_key_value, in full training: the whole; Q, K and V each; or
     each head's q, k and v. Default: fused."""
@@ -337,7 +337,7 @@ def _check_numbers(config: TrainConfig) -> None:
         "adam_lr": (_positive(config.adam_lr), "a number above 0"),
         "muon_lr": (_positive(config.muon_lr), "a number above 0"),
         "momentum": (config.momentum is None or 0.0 <= config.momentum < 1.0, "a number in [0, 1)"),
-        "muon_floor": (config.muon_floor is None or 0.0 <= config.muon_floor < 1.0, "a number in [0, 1)"),
+        "muon_floor": (config.muon_floor is None or 0.0 <= config.muon_floor <= 0.1, "a number in [0, 0.1]"),
         "weight_decay": (_coefficient(config.weight_decay), "a finite number, 0 or more"),
         "clip": (config.clip > 0.0, "a number above 0, or inf"),
         "warmup_ratio": (0.0 <= config.warmup_ratio < 1.0, "a number in [0, 1)"),
