@@ -1,4 +1,4 @@
-# make setup | demo | demo-sweep | test | test-all | test-slurm | chaos | check | bench | bench-gpu | world
+# make setup | demo | demo-sweep | test | test-all | test-processors | test-slurm | chaos | check | bench | bench-gpu | world
 #   make demo RANKS=2            the same through torchrun, on two processes
 #   make demo RANKS=2 SHARD=full the same with the model sharded over them
 #   make demo OPTIMIZER=muon     full training with Muon instead of LoRA with AdamW
@@ -16,7 +16,7 @@ N         ?= 100
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo demo-sweep test test-all test-slurm chaos check lint types bench bench-gpu world clean
+.PHONY: setup demo demo-sweep test test-all test-processors test-slurm chaos check lint types bench bench-gpu world clean
 
 setup: $(READY)
 
@@ -38,11 +38,17 @@ demo: $(READY)
 demo-sweep: $(READY)
 	$(BIN)/python launch/demo_sweep.py --ranks $(RANKS)
 
+# A file of tests a process, in two processes of one thread each.
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The same arithmetic as other makes of processor have it: without AMX, without AVX-512, and in plain C++.
+test-processors: $(READY)
+	for isa in AVX512_CORE AVX2; do ONEDNN_MAX_CPU_ISA=$$isa $(MAKE) test || exit 1; done
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=AVX2 $(MAKE) test
 
 # A Slurm of fake nodes on this machine: as root, after `apt-get install --no-install-recommends slurm-wlm munge`.
 test-slurm: $(READY)

@@ -90,13 +90,13 @@ def attack_terms(config: TrainConfig, shape: Shape, layout: Layout) -> dict[str,
 
 
 def _head(config: TrainConfig, shape: Shape, layout: Layout) -> dict[str, float]:
-    """Bytes of the cross-entropy: three arrays of a chunk's logits, and the unembedding with its gradient.
+    """Bytes of the cross-entropy: four arrays of a chunk's logits, and the unembedding with its gradient.
 
     Sharded, the unembedding and the embedding are gathered, and the gradient is there as computed and in float32 for
     the reduction; replicated, only the gradient is new.
     """
     compute = DTYPE_BYTES[config.dtype]
-    result = {HEAD[0]: float(12 * min(CHUNK, micro_tokens(config)) * shape.vocabulary)}
+    result = {HEAD[0]: float(16 * min(CHUNK, micro_tokens(config)) * shape.vocabulary)}
     numbers = 2 * compute + (0 if config.lora_rank else 4)
     if config.shard_kind(layout.world_size) == "replicate":
         numbers = 0 if config.lora_rank else 4 + (compute if compute < 4 else 0)

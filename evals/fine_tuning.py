@@ -210,6 +210,7 @@ def attack_model(
         except NotFinite as error:
             if not course.points:
                 raise  # of the model as it came
+            this.stop.obey()  # the next attack would not know of a signal that came in these steps
             reason = str(error)
     if export is not None and reason is None:
         _export(model, tokenizer, export)

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from unlearn.data import Corpus, read_corpus
-from unlearn.distributed import all_true
+from unlearn.distributed import all_true, from_main
 from unlearn.errors import UserError
 
 
@@ -25,7 +25,7 @@ def seen_warnings(
         model: the attacked model, a path or hub name. drawn: by data of the attack, the windows that it draws.
         seq_len: of the attack.
     """
-    run = _run_of(model)
+    run = from_main(_run_of(model))  # another node may have the model's folder without its run's
     warnings = []
     for which in ("forget", "retain") if run else ():
         if f"{which} corpus" not in run["identity"]:

@@ -35,8 +35,7 @@ TARGETS = ("wmdp_bio<=0.30", "mmlu_stem>=0.95")  # chance is 25 %; the original 
 # Tuned on the embedded world; what each flag means is in `train.py --help`.
 UNLEARN = {
     "adamw": "--lora-rank 16 --lora-dropout 0 --adam-lr 2e-2 --remove-coef 50 --retain-coef 10",
-    "muon": "--optimizer muon --muon-method quintic --muon-lr 1e-2 --adam-lr 2e-3 --warmup-ratio 0.03 --remove-coef 50 "
-    "--retain-coef 40",
+    "muon": "--optimizer muon --muon-lr 1e-2 --adam-lr 2e-3 --warmup-ratio 0.03 --remove-coef 50 --retain-coef 40",
 }
 SHARED = (
     "--layers 1 2 3 --retain-loss kl --retain-start 1 --examples 2400 --epochs 2 --batch 16 --micro-batch 8 "

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,12 @@ def test_help_and_wrong_flags_answer_at_once(script: str, flag: str) -> None:
     heavy = {"torch", "numpy", "transformers", "datasets", "lm_eval", "pyarrow", "scipy", "matplotlib"}
     assert not heavy & {name.partition(".")[0] for name in imported}
     assert 50 < len(imported) < 600
+
+
+def test_the_package_lists_its_folders() -> None:
+    """A folder that the list lacks, or names in vain, breaks every fresh installation and no checkout in use."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {
+        file.parent.relative_to(ROOT) for top in ("unlearn", "evals", "launch") for file in ROOT.glob(f"{top}/**/*.py")
+    }
+    assert sorted(listed) == sorted(str(folder).replace("/", ".") for folder in found)

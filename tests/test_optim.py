@@ -117,6 +117,8 @@ def test_muon_leaves_parameters_without_gradient() -> None:
     assert torch.equal(parameters[1], torch.ones(3, 4)) and not torch.equal(parameters[0], parameters[1])
     assert mine.step(lambda: torch.tensor(3.0)) == 3.0
     Muon(named(parameters[1:]), lr=0.1).step()  # no gradient at all
+    groups = [{"params": named(parameters[:1]), "method": "quintic"}, {"params": [("p", parameters[1])]}]
+    assert [group["floor"] for group in Muon(groups, lr=0.1).param_groups] == [0.0, 0.01]
 
 
 def test_what_muon_refuses() -> None:
@@ -128,7 +130,7 @@ def test_what_muon_refuses() -> None:
         ([("w", wide)], {"qkv": "split", "heads": 2}, r"named \*query_key_value.weight .*found none"),
         ([("query_key_value.weight", wide)], {"qkv": "per-head", "heads": 3}, "divide the 24 rows .*found heads=3"),
         ([("query_key_value.weight", wide)], {"qkv": "split"}, "found heads=None"),
-        ([("w", wide)], {"floor": 1.0}, "expected a floor"),
+        ([("w", wide)], {"floor": 0.2}, "expected a floor"),
         ([("w", wide)], {"floor": 0.1, "method": "quintic"}, "0 with quintic"),
     ]
     for parameters, settings, message in refused:

@@ -142,10 +142,10 @@ class TrainConfig(CorpusFlags, ResumeFlags, DeviceFlags):
     muon_method: Literal["gram", "polar-express", "quintic"] | None = flag(published="gram", only=MUON)
     """How Muon orthogonalises: gram, the least work; polar-express, the same polynomials in standard form; quintic,
     less exact, torch.optim.Muon's bits. Default: gram."""
-    muon_floor: float | None = flag(published=0.01, least=0.0, below=1.0, only=(MUON, WITH_FLOOR))
+    muon_floor: float | None = flag(published=0.01, least=0.0, most=0.1, only=(MUON, WITH_FLOOR))
     """Singular values of a matrix's direction that are below this share of its greatest pass in proportion, instead of
-    being lifted to full size: rounding is not trained on. 0: lift them all, as torch.optim.Muon does. Default: 0.01,
-    and 0 with quintic, which has none."""
+    being lifted to full size: rounding is not trained on. Up to a short side of 64 exactly; above, about, and of up to
+    2.8 times the greatest. 0: lift them all, as torch.optim.Muon does. Default: 0.01, and 0 with quintic."""
     muon_qkv: Literal["fused", "split", "per-head"] | None = flag(published="fused", only=(MUON, FUSED))
     """What Muon orthogonalises of GPT-NeoX's fused query_key_value, in full training: the whole; Q, K and V each; or
     each head's q, k and v. Default: fused."""

@@ -161,12 +161,12 @@ def one_block(config: TrainConfig, shape: Shape, layout: Layout) -> dict[str, fl
 def _vocabulary(config: TrainConfig, shape: Shape, needs: Sequence[Needs]) -> dict[str, float]:
     """Bytes of a loss over the vocabulary: a chunk of logits, and the unembeddings that it reads.
 
-    A chunk's numbers take 26 bytes where it is compared with the original's, 12 for a cross-entropy, 8 through a lens.
+    A chunk's numbers take 26 bytes where it is compared with the original's, 16 for a cross-entropy, 8 through a lens.
     """
     compute, chunk = DTYPE_BYTES[config.dtype], min(CHUNK, micro_tokens(config))
     above = [term for term in needs if term.deepest is None]
     compared = any(term.original for term in above)
-    each = 26 if compared else 12 if above else 8 if any(term.bytes for term in needs) else 0
+    each = 26 if compared else 16 if above else 8 if any(term.bytes for term in needs) else 0
     result = {"a chunk over the vocabulary": float(each * chunk * shape.vocabulary)}
     if above and not config.lora_rank:
         result["unembedding and its gradient"] = float(shape.head * ((3 if compared else 2) * compute + 4))

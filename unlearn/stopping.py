@@ -62,13 +62,18 @@ class StopSignals(Listener):
     def deferred(self) -> Iterator[None]:
         """Within the block a first signal waits until `agreed` is asked; one still waiting at its end ends the run.
 
-        An error in the block is no order to stop, whatever torchrun has sent meanwhile.
+        An error in the block is no order to stop, whatever torchrun has sent meanwhile; who goes on after one calls
+        `obey`.
         """
         self._deferring = True
         try:
             yield
         finally:
             self._deferring = False
+        self.obey()
+
+    def obey(self) -> None:
+        """End the run if a signal came that nobody has acted on."""
         if self._number:
             self._stop()
 

@@ -326,7 +326,7 @@ def test_prompts_are_read_the_same_on_any_number_of_ranks(
 def read_and_train(home: Path, folder: Path) -> list[dict[str, Any]]:
     run, log = prepare(home, "full-muon", shard="full", prompts=("basalt garnet",)), Lines()
     read_lens(run, folder, "before")
-    train(run.model, run.objective, run.optimizers, steps=1, schedule=linear_schedule(1), log=log)
+    train(run.model, run.loss, run.optimizers, steps=1, schedule=linear_schedule(1), log=log)
     return log.lines
 
 

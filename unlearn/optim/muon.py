@@ -14,7 +14,7 @@ from unlearn.errors import UserError
 from unlearn.optim.layout import Layout, layout_of, mesh_dimensions
 from unlearn.optim.matrix import FUSED_QKV, AdjustLr, Matrix, Qkv
 from unlearn.optim.newton_schulz import Method
-from unlearn.optim.polar import FLOOR, polar_factor
+from unlearn.optim.polar import FLOOR, HIGHEST_FLOOR, polar_factor
 from unlearn.optim.rounds import pipeline, plan, run_round
 
 SMALL_SIDE, BATCH = 128, 64
@@ -65,7 +65,7 @@ class Muon(torch.optim.Optimizer):
         adjust_lr: `match_rms_adamw` multiplies lr by 0.2 sqrt(max(m, n)), so that an update's root mean square is that
             of AdamW (Liu et al. 2025, https://arxiv.org/abs/2502.16982); `original` by sqrt(max(1, m / n)).
         method: of the Newton-Schulz iteration, see `newton_schulz.py`.
-        floor: share of the greatest singular value below which others pass in proportion, in [0, 1); by default 0.01,
+        floor: share of the greatest singular value below which others pass in proportion, up to 0.1; by default 0.01,
             and 0 with `quintic`, which has none. With 0, rounding too is lifted to full size, as by torch's.
         steps: iterations; by default as many as the floor needs, and 5 without one.
         qkv: how GPT-NeoX's `query_key_value.weight` is orthogonalised: `fused`, as one matrix; `split`, Q, K and V
@@ -94,13 +94,15 @@ class Muon(torch.optim.Optimizer):
     ):
         defaults: dict[str, Any] = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
         defaults |= {"adjust_lr": adjust_lr, "method": method, "steps": steps, "qkv": qkv, "heads": heads}
-        defaults["floor"] = default_floor(method) if floor is None else floor
+        defaults["floor"] = floor
         super().__init__(named_parameters, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add matrices, and their momenta, zero, so that a checkpoint can be loaded before the first step."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        if group["floor"] is None:
+            group["floor"] = default_floor(group["method"])
         _check_group(group)
         names = [name for group in self.param_groups for name in group["param_names"]]
         if len(set(names)) < len(names):
@@ -161,8 +163,10 @@ def _check_group(group: dict[str, Any]) -> None:
     """Raise unless every parameter is a named matrix, in a known layout, that can be taken apart as the group says."""
     if "param_names" not in group:
         raise ValueError("expected named parameters for Muon; found parameters alone: give (name, parameter) pairs")
-    if not 0.0 <= group["floor"] < 1.0 or (group["method"] == "quintic" and group["floor"] > 0.0):
-        raise ValueError(f"expected a floor in [0, 1), 0 with quintic; found {group['floor']} with {group['method']}")
+    if not 0.0 <= group["floor"] <= (0.0 if group["method"] == "quintic" else HIGHEST_FLOOR):
+        raise ValueError(
+            f"expected a floor in [0, {HIGHEST_FLOOR}], 0 with quintic; found {group['floor']} with {group['method']}"
+        )
     named = dict(zip(group["param_names"], group["params"], strict=True))
     for name, parameter in named.items():
         if parameter.ndim != 2:

@@ -37,6 +37,7 @@ from unlearn.optim.newton_schulz import (
 from unlearn.optim.newton_schulz import flops as iteration_flops
 
 FLOOR = 1e-2  # the default; `python benchmarks/muon.py --floor` shows others
+HIGHEST_FLOOR = 0.1  # above it, most of a real gradient would be damped
 EXACT_SIDE = 64  # short sides up to which the factor is computed by eigenvalues
 REACHED = 0.95  # what the fewest iterations bring the floor itself to
 CUSHION = (
@@ -68,11 +69,14 @@ def polar_factor(
 ) -> Tensor:
     """U min(1, S / (floor s_max)) V^T of each matrix U S V^T; a matrix of zeros stays zero.
 
+    Above a short side of 64, approximately: the polynomials reach 1 within some per cent, and the Schatten-8 norm, up
+    to s^(1/8) times s_max, stands for s_max.
+
     Args:
         matrix: [m, n] or [batch, m, n] of any floating dtype; Frobenius norms below 1e19.
         method: `gram` or `polar-express`: the same polynomials on the s x s Gram matrix or in standard form. `quintic`
             has no floor.
-        floor: share of the greatest singular value, in (0, 1); 0 is `orthogonalize`, without a floor.
+        floor: share of the greatest singular value, up to 0.1; 0 is `orthogonalize`, without a floor.
         steps: iterations; by default the fewest that bring the floor itself to 0.95, and 5 without a floor.
         dtype: of the iteration; by default `arithmetic` of the device.
         overwrite: the iteration may use the memory of `matrix`, whose numbers are then lost.
@@ -81,12 +85,12 @@ def polar_factor(
         [m, n] or [batch, m, n], contiguous or transposed, in the dtype of `matrix`.
 
     Raises:
-        ValueError: `quintic` with a floor, or a floor outside of [0, 1).
+        ValueError: `quintic` with a floor, or a floor outside of [0, 0.1].
     """
     if floor == 0.0:
         return orthogonalize(matrix, method, 5 if steps is None else steps, overwrite=overwrite)
-    if not 0.0 < floor < 1.0 or method == "quintic":
-        raise ValueError(f"expected a floor in [0, 1), and 0 with quintic; found {floor} with {method}")
+    if not 0.0 < floor <= HIGHEST_FLOOR or method == "quintic":
+        raise ValueError(f"expected a floor in [0, {HIGHEST_FLOOR}], 0 with quintic; found {floor} with {method}")
     if min(matrix.shape[-2:]) <= EXACT_SIDE:
         return _exact(matrix, floor)
     result, tall = matrix.dtype, matrix.shape[-2] > matrix.shape[-1]
@@ -151,7 +155,7 @@ def polynomials(floor: float, steps: int | None = None) -> tuple[Coefficients, .
     """
     low, high = floor / SAFETY, 1.0
     table: list[Coefficients] = []
-    while len(table) < (steps or 100) and (steps is not None or low < REACHED):
+    while not table or (len(table) < steps if steps is not None else low < REACHED):
         a, b, c = _best_quintic(max(low, CUSHION * high), high)
         if low < CUSHION * high:  # made for a narrower interval: centre what it does to the whole one
             scale = 2.0 / sum(a * x + b * x**3 + c * x**5 for x in (low, high))
