@@ -10,13 +10,16 @@ import torch
 from conftest import DEPTH
 from torch import Tensor
 
-from unlearn.config import TrainConfig, configure
+from unlearn.config import TrainConfig, configure, parse_method_flags
 from unlearn.distributed import process_group
+from unlearn.errors import UserError
 from unlearn.lens import TunedLens
 from unlearn.lora import adapters, lora_disabled
+from unlearn.methods import METHODS, flags_of, method_module
 from unlearn.methods.retain import prediction
 from unlearn.methods.terms import Loss, Parts, Term
 from unlearn.model import load_model
+from unlearn.seeding import generator
 from unlearn.trainer import gradients
 from unlearn.unlearning import Unlearning, build
 
@@ -189,3 +192,102 @@ def test_next_token_loss_equals_transformers(home: Path) -> None:
     assert loss.item() == pytest.approx(total / count, rel=1e-5)
     with lora_disabled(run.model):
         assert all(not layer.enabled for layer in adapters(run.model).values()) and DEPTH == 4
+
+
+def other(home: Path, method: str, **flags: Any) -> Unlearning:
+    """A run of another method than the lens, its weights moved away from the original."""
+    paths = {"model": str(home / "model"), "forget": str(home / "forget.jsonl")}
+    if method != "next-token" and flags.get("retain_coef") != 0.0:
+        paths["retain"] = str(home / "retain.jsonl")
+    sizes = {"seq_len": 24, "batch": 6, "examples": 20, "micro_batch": 4, "dtype": "fp32"}
+    run = build(configure(method, **paths, **sizes, **flags), CPU)
+    for index, parameter in enumerate(p for p in run.model.parameters() if p.requires_grad):
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
+    return run
+
+
+def pairs(run: Unlearning, corpus: str, step: int, layers: tuple[int, ...]) -> list[Tensor]:
+    """Of each target layer, both models' streams at every token of a global batch: [2, tokens, D], float64."""
+    batches, found = run.parts.batches[corpus], []
+    for index in batches.indices(step):
+        ids = torch.tensor(batches.corpus.windows[index])[None].long()
+        with torch.no_grad(), run.parts.original() as original:
+            kept = _states(original, ids)
+        live = _states(run.model, ids)
+        found.append([torch.stack([live[layer][0], kept[layer][0]]).double() for layer in layers])
+    return [torch.cat(rows, dim=1) for rows in zip(*found, strict=True)]
+
+
+def naive_rmu(run: Unlearning, step: int) -> Tensor:
+    u = torch.rand(run.model.config.hidden_size, generator=generator(0, "rmu"))
+    goal = (3.0 * u / u.norm()).double()
+    forget = [(both[0] - goal).square().mean(-1).mean() for both in pairs(run, "forget", step, (2, 3))]
+    retain = [(both[0] - both[1]).square().mean(-1).mean() for both in pairs(run, "retain", step, (2, 3))]
+    return torch.stack(forget).mean() + 7.0 * torch.stack(retain).mean()
+
+
+def naive_circuit_breakers(run: Unlearning, step: int) -> Tensor:
+    s = step / (run.steps - 1)
+    forget = [torch.cosine_similarity(*both, dim=-1).relu().mean() for both in pairs(run, "forget", step, (1, 3))]
+    retain = [(both[0] - both[1]).norm(dim=-1).mean() for both in pairs(run, "retain", step, (1, 3))]
+    return 10.0 * (1 - s / 2) * torch.stack(forget).mean() + 5.0 * s * torch.stack(retain).mean()
+
+
+@pytest.mark.parametrize("lora", [{}, {"lora_rank": 3, "lora_dropout": 0.0}], ids=["full", "lora"])
+@pytest.mark.parametrize("step", [1, 3])  # the last global batch is short
+@pytest.mark.parametrize(
+    ("method", "flags", "naive_loss"),
+    [
+        ("rmu", {"layers": (2, 3), "steering": 3.0, "retain_coef": 7.0}, naive_rmu),
+        ("circuit-breakers", {"layers": (1, 3)}, naive_circuit_breakers),
+    ],
+)
+def test_other_methods_equal_their_naive_twins(
+    home: Path, method: str, flags: dict[str, Any], naive_loss: Any, step: int, lora: dict[str, Any]
+) -> None:
+    run = other(home, method, **flags, **lora)
+    assert run.steps == 4 and set(run.parts.batches) == {"forget", "retain"}
+    run.model.train()
+    found = gradients_of(run, step)["loss"]
+    ours = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
+    run.model.zero_grad()
+    expected = naive_loss(run, step)
+    expected.backward()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    norm = max(p.grad.norm() for p in run.model.parameters() if p.grad is not None)
+    for name, parameter in run.model.named_parameters():
+        if parameter.grad is not None:
+            assert (ours[name] - parameter.grad).norm() <= 2e-5 * norm, name
+
+
+def test_a_method_reads_what_it_asks_for_alone(home: Path) -> None:
+    """No lens, no retain text, no second model, where nobody asks for them."""
+    run = other(home, "next-token")
+    assert set(run.parts.batches) == {"forget"} and run.original is None
+    assert set(run.identity) == {"model", "forget corpus"} | {key for key in run.identity if "." in key}
+    assert other(home, "rmu", layers=(2,), retain_coef=0.0).original is None
+    assert other(home, "rmu", layers=(2,), retain_loss="kl").original is not None
+
+
+def test_flags_of_one_method_are_refused_with_another(capsys: pytest.CaptureFixture[str]) -> None:
+    for line in ("--method rmu --remove-coef 3", "--steering 2", "--method=next-token --layers 2", "--method none"):
+        with pytest.raises(SystemExit):
+            parse_method_flags(TrainConfig, line.split())
+    with pytest.raises(UserError, match="--retain has no effect with a method that has no retain loss"):
+        configure("next-token", retain="x.jsonl")
+    with pytest.raises(UserError, match="--layers to be one or more different layers"):
+        configure("rmu", layers=())
+    with pytest.raises(UserError, match="--layers in 0..4"):
+        configure("circuit-breakers", layers=(5,)).check_depth(4)
+    rmu = parse_method_flags(TrainConfig, ["--method", "rmu", "--optimizer", "muon"])
+    assert (rmu.method, rmu.layers, rmu.retain_coef, rmu.adam_lr) == ("rmu", (7,), 1200.0, 5e-5)
+    assert rmu.output == "runs/deep-ignorance-unfiltered-rmu-full-muon"
+    assert parse_method_flags(TrainConfig, ["--optimizer", "muon"]).method == "lens"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_flags_read_without_their_method_are_its_own(method: str) -> None:
+    """`flags_of` reads the class from the file alone: the same fields as the method's module has."""
+    read, imported = flags_of(method), method_module(method).Flags
+    assert [field.name for field in dataclasses.fields(read)] == [field.name for field in dataclasses.fields(imported)]
+    assert read.__doc__ == imported.__doc__

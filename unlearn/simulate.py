@@ -52,7 +52,7 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and not leaf.is_meta:
                 self.count(leaf)
         return output
 
