@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from evals.answer_tokens import check_answer_tokens
 from evals.answers import Answers, collect, debias_small, prompt_id
 from evals.chat import chat_template
-from evals.lm import LiveModel, context_length
+from evals.lm import QUESTIONS, LiveModel, context_length
 from evals.output import write_result
 from evals.plan import Planner
 from evals.question_task import QuestionTask
@@ -26,6 +26,7 @@ from evals.task_loader import compiled_templates, load_tasks
 from unlearn.device import choose_device
 from unlearn.distributed import is_main, main_first, world_size
 from unlearn.errors import UserError
+from unlearn.model_config import check_rows
 
 # Accuracies have a closed-form standard error, which lm-eval computes if this is above 0; others are resampled.
 BOOTSTRAP_ITERS = 1000
@@ -144,6 +145,7 @@ class Evaluation:
         self.names = [*measured, *self._pools]
         if model_config is not None:
             self._plan(context_length(model_config, tokenizer))
+            check_rows(model_config, self.largest_token())
         # Hundreds of thousands of objects that stay: the garbage collector need not walk through them in each `run`.
         gc.collect()
         gc.freeze()
@@ -169,6 +171,10 @@ class Evaluation:
         """Of every question, as it is asked."""
         asked = {name: {kind: found[kind] for kind in ("ids", "prompts")} for name, found in self.asked().items()}
         return hash_string(json.dumps(asked))
+
+    def largest_token(self) -> dict[str, int]:
+        """The largest token of the questions that were planned, for `check_rows`."""
+        return {QUESTIONS: self._planner.largest}
 
     def run(self, model: PreTrainedModel, *, name: str | None = None, revision: str | None = None) -> dict[str, Any]:
         """Measure `model` as it is: in training or not, plain or sharded.

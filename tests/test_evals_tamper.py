@@ -388,6 +388,25 @@ def test_mistakes_show_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_control_with_fewer_rows_than_the_model(
+    home: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token of the corpus that the model has a row for, and the control has not, must not end the grid midway."""
+    shutil.copytree(home / "model", tmp_path / "model")
+    tokenizer = json.loads((tmp_path / "model/tokenizer.json").read_text())
+    tokenizer["added_tokens"].append(tokenizer["added_tokens"][0] | {"id": 301, "content": "<other>"})
+    (tmp_path / "model/tokenizer.json").write_text(json.dumps(tokenizer))
+    shutil.copytree(tmp_path / "model", tmp_path / "fewer")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"vocab_size": 302}))
+    (tmp_path / "x.jsonl").write_text(json.dumps({"text": "some words and <other> words"}) + "\n")
+    flags = words(home, data, tmp_path / "out", "--control", f"never-seen={tmp_path / 'fewer'}")
+    flags[flags.index("--model") + 1] = str(tmp_path / "model")
+    flags[flags.index("--corpus") + 1] = str(tmp_path / "x.jsonl")
+    with pytest.raises(UserError, match=r"expected tokens below 301, .*fewer; found the token 301 in .*x.jsonl"):
+        attack(monkeypatch, flags)
+
+
 def test_a_control_with_other_tokens(home: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(home / "model", tmp_path / "other")
     vocabulary = json.loads((tmp_path / "other/tokenizer.json").read_text())

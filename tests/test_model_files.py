@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_lens, tiny_model, tiny_tokenizer
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from unlearn.corpus import read_texts
 from unlearn.errors import UserError
 from unlearn.lens import TunedLens
+from unlearn.lens_readings import encode_prompts
 from unlearn.lora import add_lora, save_adapter
 from unlearn.model import empty_model, load_config, load_model, load_tokenizer, save_model
 from unlearn.model_config import check_windows
@@ -193,6 +195,26 @@ def test_a_tokenizer_larger_than_the_vocabulary(tmp_path: Path) -> None:
     saved(tmp_path, vocab_size=250)
     with pytest.raises(UserError, match="expected a tokenizer of at most 250 tokens .* of number 300"):
         load_tokenizer(str(tmp_path))
+
+
+def test_added_tokens_without_a_row(tmp_path: Path) -> None:
+    """Sound models whose tokenizer has added or special tokens that no text comes to were refused: Gemma 3's image
+    token, CodeLlama's infilling tokens, Llama 2 with a <pad>."""
+    folder = saved(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<image>"])
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(folder)
+    tokenizer = load_tokenizer(str(folder))
+    config = load_config(str(folder))
+    assert sorted(tokenizer.get_added_vocab().values())[-2:] == [301, 302] and config.vocab_size == 301
+    windows = [np.array(tokenizer(text)["input_ids"], dtype=np.int32) for text in ("some words", "an <image>")]
+    check_windows(config, {"a.jsonl": windows[:1]})
+    with pytest.raises(UserError, match=r"expected tokens below 301, .* found the token 301 in b.jsonl: take it"):
+        check_windows(config, {"a.jsonl": windows[:1], "b.jsonl": windows})
+    encode_prompts(tokenizer, ["some words"], config)
+    with pytest.raises(UserError, match="found the token 302 in --prompts"):
+        encode_prompts(tokenizer, ["words <pad>"], config)
 
 
 def test_windows_longer_than_the_positions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
