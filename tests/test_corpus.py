@@ -158,6 +158,39 @@ def test_folders_of_files(tmp_path: Path) -> None:
         read_texts(str(tmp_path))
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".jsonl.gz"])
+def test_files_named_after_splits(tmp_path: Path, suffix: str) -> None:
+    """Only splits in numbered files were kept apart: of train.jsonl beside test.jsonl both were trained on."""
+
+    def put(name: str) -> None:
+        if suffix == ".parquet":
+            pyarrow.parquet.write_table(pa.table({"text": [name]}), tmp_path / f"{name}{suffix}")
+        else:
+            rows = jsonl({"text": name})
+            written(tmp_path / f"{name}{suffix}", gzip.compress(rows) if suffix.endswith(".gz") else rows)
+
+    put("test")
+    assert read_texts(str(tmp_path)).texts == ["test"]  # one set is what is meant
+    put("Validation")
+    with pytest.raises(UserError, match="expected all files of one set in .*; found Validation"):
+        read_texts(str(tmp_path))
+    for name in ("train_1", "train_2"):
+        put(name)
+    assert read_texts(str(tmp_path)).texts == ["train_1", "train_2"]
+    put("articles")
+    with pytest.raises(UserError, match="expected all files of one set in .*articles"):
+        read_texts(str(tmp_path))
+
+
+def test_numbered_files_with_a_hash(tmp_path: Path) -> None:
+    """Older Parquet files of the hub end in one: their splits were mixed."""
+    for split in ("train", "test"):
+        pyarrow.parquet.write_table(
+            pa.table({"text": [split]}), tmp_path / f"{split}-00000-of-00001-a09b74b3ef.parquet"
+        )
+    assert read_texts(str(tmp_path)).texts == ["train"]
+
+
 def test_two_columns_of_one_name(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), tmp_path / "x.parquet")
     for source in (str(tmp_path / "x.parquet"), written(tmp_path / "x.csv", b"text,text\na,b\n")):
