@@ -164,12 +164,12 @@ def _corpora(config: TamperConfig, tokenizer: "PreTrainedTokenizerBase") -> dict
     from unlearn.data import read_corpus
 
     sources = {
-        "forget": (config.corpus, config.column, config.template),
-        "benign": (config.benign_corpus, config.benign_column, config.benign_template),
+        "forget": (config.corpus, config.column, config.template, "--column"),
+        "benign": (config.benign_corpus, config.benign_column, config.benign_template, "--benign-column"),
     }
     return {
-        name: read_corpus(source, tokenizer, seq_len=config.seq_len, column=column, template=template)
-        for name, (source, column, template) in sources.items()
+        name: read_corpus(source, tokenizer, seq_len=config.seq_len, column=column, template=template, column_flag=flag)
+        for name, (source, column, template, flag) in sources.items()
         if source is not None
     }
 

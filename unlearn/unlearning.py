@@ -151,6 +151,7 @@ def _read(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, which: str) -
         tokenizer,
         seq_len=config.seq_len,
         column=getattr(config, f"{which}_column"),
+        column_flag=f"--{which}-column",
         template=getattr(config, f"{which}_template"),
     )
 
