@@ -18,7 +18,7 @@ import pyarrow.parquet
 from datasets.exceptions import DatasetNotFoundError
 
 from unlearn.errors import UserError
-from unlearn.files import check_file, hub_error, is_hub_name, kind_of
+from unlearn.files import check_file, hub_error, is_hub_name, kind_of, unique_keys
 
 KINDS = (".jsonl", ".json", ".parquet", ".csv", ".txt")
 IN_FOLDERS = (".jsonl", ".parquet")  # what a folder of files may consist of
@@ -236,21 +236,12 @@ def _json(path: Path, stream: BinaryIO) -> Part:
 
 def _parsed(text: str, path: Path, place: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"expected JSON in {path}; found a damaged piece in {place} ({error}): mend or remove it, or fetch the "
             "file again"
         ) from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} twice in one object")
-    return found
 
 
 def _csv(path: Path, stream: BinaryIO) -> Part:
