@@ -2,7 +2,7 @@
 
 import difflib
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from evals.local_data import LocalData
 from evals.question_task import QuestionTask, allocate
 from evals.task_errors import explained
 from evals.task_search import QUICK_FOLDERS, TaskSearch, check_yaml
+from unlearn.config import split_names
 from unlearn.errors import UserError
 
 OWN_FOLDER = Path(__file__).parent / "tasks"
@@ -87,11 +88,6 @@ def load_tasks(
             "such as wmdp_bio to --tasks"
         )
     return loaded
-
-
-def split_names(names: Iterable[str]) -> list[str]:
-    """The names in `names`, some of which may be joined with commas as lm-eval's command line wants them."""
-    return [name for word in names for name in word.split(",") if name]
 
 
 def question_sources(names: Sequence[str], include_path: str | Path | None = None) -> list[tuple[str, str | None, str]]:

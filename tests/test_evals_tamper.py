@@ -16,13 +16,14 @@ from evals_support import question, write_questions, write_stem, write_wmdp
 
 from evals import tamper
 from evals.evaluation import Evaluation
+from evals.fetch_config import FetchConfig
 from evals.fine_tuning import AttackFlags, attack_batches
 from evals.original import original_accuracies
 from evals.overlap import contained, overlap_warnings
 from evals.summary import summarise
 from evals.tamper_config import Attack, TamperConfig
 from unlearn.checkpoint import Checkpoints
-from unlearn.config import parse_flags
+from unlearn.config import TrainConfig, parse_flags
 from unlearn.data import Corpus, read_corpus
 from unlearn.errors import UserError
 from unlearn.model import fresh_weights, load_model, load_tokenizer, save_model
@@ -103,6 +104,19 @@ def test_the_grid_is_the_product_of_its_flags() -> None:
 def test_flags_that_cannot_be_meant(flags: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         TamperConfig(**(BASE | flags))
+
+
+def test_tasks_with_commas_between_are_several() -> None:
+    """Joined names passed as one: no task had a part in the attack, and one named twice was not noticed."""
+    config = TamperConfig(**(BASE | {"eval_tasks": ("wmdp_bio,mmlu_stem", "own"), "general_tasks": ("own,mmlu_stem",)}))
+    assert config.eval_tasks == ("wmdp_bio", "mmlu_stem", "own")
+    assert config.roles() == (["wmdp_bio"], ["own", "mmlu_stem"])
+    with pytest.raises(UserError, match="every name after --eval-tasks once; found 'a' twice"):
+        TamperConfig(**(BASE | {"eval_tasks": ("a,b", "a")}))
+    assert TrainConfig(eval_tasks=("a,b", "c")).eval_tasks == ("a", "b", "c")
+    with pytest.raises(UserError, match="every name after --eval-tasks once; found 'a' twice"):
+        TrainConfig(eval_tasks=("a,b", "a"))
+    assert FetchConfig(data_dir=Path("x"), tasks=("wmdp_bio,mmlu",)).tasks == ("wmdp_bio", "mmlu")
 
 
 def test_several_values_on_the_command_line() -> None:
