@@ -13,7 +13,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind
 
 from evals.local_data import LocalData
-from evals.question_task import QuestionTask, allocate
+from evals.question_task import FORMATS, QuestionTask, allocate
 from evals.task_errors import explained
 from evals.task_search import QUICK_FOLDERS, TaskSearch, check_yaml
 from unlearn.config import split_names
@@ -93,6 +93,8 @@ def load_tasks(
 def question_sources(names: Sequence[str], include_path: str | Path | None = None) -> list[tuple[str, str | None, str]]:
     """The (data set, configuration, split) of every file with questions, or few-shot examples, of these tasks.
 
+    A split for examples counts unless the task's definition says that there are none: --num-fewshot may ask for some.
+
     Raises:
         UserError: an unknown task.
     """
@@ -101,9 +103,12 @@ def question_sources(names: Sequence[str], include_path: str | Path | None = Non
     found = []
     for leaf in dict.fromkeys(leaf for name in names for leaf in _leaves(name, manager.task_index)):
         config = manager._factory._load_full_config(manager.task_index[leaf], None)
+        if config["dataset_path"] in FORMATS:  # the YAML itself names the files
+            continue
         splits = [config.get("test_split") or config.get("validation_split")]
-        if config.get("num_fewshot"):
-            splits.append(config.get("fewshot_split") or config.get("training_split"))
+        shots, own = config.get("num_fewshot"), config.get("fewshot_split")
+        if shots != 0:
+            splits.append(own or (shots and (config.get("training_split") or config.get("validation_split"))))
         found += [(config["dataset_path"], config.get("dataset_name"), split) for split in splits if split]
     return list(dict.fromkeys(found))
 
