@@ -56,8 +56,29 @@ class Evaluation:
 
     Every rank must build it alike and call `run` together.
 
+    Args:
+        tasks: names of lm-eval tasks, groups or tags.
+        data_dir: folder of all question files, `<dataset_path>/<dataset_name>/<split>-*.parquet`; None: the hub.
+        include_path: folder with further task definitions.
+        limit: only the first so many questions of each task.
+        subsample: only so many questions of each of `tasks`, shared out among its subjects and always the same.
+        permute: ask questions with letters in every cyclic order of their choices.
+        truncate: cut questions that are longer than the model's context from the left, instead of raising.
+        metric: which of lm-eval's metrics to report for tasks that have it; the others keep the first of their own.
+        pools: further rows of the summary: the tasks or groups that make up each.
+        shots: few-shot examples before each question, but for tasks whose own definition says that there are none.
+        chat: ask through the tokenizer's chat template, as lm-eval does with examples as turns.
+        batch_tokens: tokens of one forward pass of one rank, padding included; None chooses by the device.
+        device: that was asked for, see `device.choose_device`.
+        model_config: of the model to be measured; with it questions that are too long, or have tokens without a row in it,
+            raise here, and not only when the model is measured.
+
     Attributes:
         names: all tasks and groups that are measured.
+
+    Raises:
+        UserError: an unknown task, missing data, no questions, a number that is not positive, questions too long
+            for the model, a tokenizer that takes several tokens for a letter, or the same ones for two answers.
     """
 
     @classmethod
@@ -93,29 +114,7 @@ class Evaluation:
         device: str | None = None,
         model_config: PretrainedConfig | None = None,
     ):
-        """Load the questions, fill the templates, and tokenise.
-
-        Args:
-            tasks: names of lm-eval tasks, groups or tags.
-            data_dir: folder of all question files, `<dataset_path>/<dataset_name>/<split>-*.parquet`; None: the hub.
-            include_path: folder with further task definitions.
-            limit: only the first so many questions of each task.
-            subsample: only so many questions of each of `tasks`, shared out among its subjects and always the same.
-            permute: ask questions with letters in every cyclic order of their choices.
-            truncate: cut questions that are longer than the model's context from the left, instead of raising.
-            metric: which of lm-eval's metrics to report for tasks that have it; the others keep the first of their own.
-            pools: further rows of the summary: the tasks or groups that make up each.
-            shots: few-shot examples before each question, but for tasks whose own definition says that there are none.
-            chat: ask through the tokenizer's chat template, as lm-eval does with examples as turns.
-            batch_tokens: tokens of one forward pass of one rank, padding included; None chooses by the device.
-            device: that was asked for, see `device.choose_device`.
-            model_config: of the model to be measured; with it questions that are too long raise here, and not only
-                when the model is measured.
-
-        Raises:
-            UserError: an unknown task, missing data, no questions, a number that is not positive, questions too long
-                for the model, a tokenizer that takes several tokens for a letter, or the same ones for two answers.
-        """
+        """Load the questions, fill the templates, and tokenise."""
         for name, value in (("limit", limit), ("subsample", subsample)):
             if value is not None and value <= 0:
                 raise UserError(f"expected --{name} above 0; found {value}: leave it out to take all questions")

@@ -58,14 +58,7 @@ def load_tasks(
     manager = _manager(names, include_path)
     local = LocalData(data_dir) if data_dir is not None else None
     kind = type("QuestionTask", (QuestionTask,), {"local": local, "shots": shots})
-    built: list[Any] = []
-    for name in dict.fromkeys(names):
-        with explained(f"a definition of {name} that lm-eval can read"):
-            one = manager._factory.build(
-                manager.task_index[name], overrides={"class": kind}, registry=manager.task_index
-            )
-        built.extend(one if isinstance(one, list) else [one])
-    loaded = _collect(built, once=subsample is not None)
+    loaded = _collect(_build(names, manager, kind), once=subsample is not None)
     tasks: dict[str, QuestionTask] = loaded["tasks"]
     for task in tasks.values():
         _check_type(task)
@@ -88,6 +81,18 @@ def load_tasks(
             "such as wmdp_bio to --tasks"
         )
     return loaded
+
+
+def _build(names: Sequence[str], manager: TaskManager, kind: type[QuestionTask]) -> list[QuestionTask | Group]:
+    """What lm-eval makes of each name, with tasks of our kind."""
+    built: list[QuestionTask | Group] = []
+    for name in dict.fromkeys(names):
+        with explained(f"a definition of {name} that lm-eval can read"):
+            one = manager._factory.build(
+                manager.task_index[name], overrides={"class": kind}, registry=manager.task_index
+            )
+        built.extend(one if isinstance(one, list) else [one])
+    return built
 
 
 def question_sources(names: Sequence[str], include_path: str | Path | None = None) -> list[tuple[str, str | None, str]]:
