@@ -70,8 +70,8 @@ class Evaluation:
         chat: ask through the tokenizer's chat template, as lm-eval does with examples as turns.
         batch_tokens: tokens of one forward pass of one rank, padding included; None chooses by the device.
         device: that was asked for, see `device.choose_device`.
-        model_config: of the model to be measured; with it questions that are too long, or have tokens without a row in it,
-            raise here, and not only when the model is measured.
+        model_config: of the model to be measured; with it questions that are too long, or have tokens that it has no
+            row for, raise here, and not only when the model is measured.
 
     Attributes:
         names: all tasks and groups that are measured.
@@ -239,6 +239,8 @@ class Evaluation:
         if "loglikelihood" in asked:
             plan = self._planner.plan(asked["loglikelihood"], max_length)
             self._check_answers(dict(zip(asked["loglikelihood"], plan.continuations, strict=True)))
+        if "generate_until" in asked:
+            self._planner.contexts([context for context, _ in asked["generate_until"]])
         self._planned = max_length
 
     def _check_answers(self, scored: Mapping[tuple[str, str], list[int]]) -> None:

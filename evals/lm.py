@@ -30,7 +30,7 @@ from evals.generate import Writing, batch_writings, make_writings, write_greedil
 from evals.plan import Plan, Planner, Row
 from unlearn.distributed import all_sum, all_true, is_main, rank, world_size
 from unlearn.errors import NotFinite, UserError
-from unlearn.model_config import check_rows, largest_tokens
+from unlearn.model_config import check_rows
 
 DEFAULT_MAX_LENGTH = 2048  # where neither config nor tokenizer says, as in lm-eval
 DEFAULT_LONGEST = 256  # tokens to generate where a task does not say, as in lm-eval
@@ -139,8 +139,8 @@ class LiveModel(TemplateLM):
             UserError: a task asks for sampling or beams, or the ranks planned different work.
         """
         contexts = [request.args[0] for request in requests]
-        encoded = encode_strings(self.tokenizer, contexts)
-        check_rows(self.model.config, largest_tokens({QUESTIONS: encoded.values()}))
+        encoded = self.planner.contexts(contexts)
+        check_rows(self.model.config, {QUESTIONS: self.planner.largest})
         writings = make_writings(
             self.tokenizer,
             [encoded[context] for context in contexts],

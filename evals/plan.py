@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from evals.encode import Pair, TokenPair, encode_pairs, encode_strings, prefix_token
 from unlearn.errors import UserError
+from unlearn.model_config import largest_tokens
 
 # Positions of a batch whose logits are wanted: at V = 50,000 in float32 they take 0.8 GB.
 SCORED_POSITIONS = 4096
@@ -136,7 +137,7 @@ class Planner:
     """Makes plans for one tokenizer, and keeps the last of each kind: the next evaluation in training asks the same.
 
     Attributes:
-        largest: the largest token of all plans so far.
+        largest: the largest token of all plans and contexts so far.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, batch_tokens: int, *, truncate: bool = False):
@@ -161,6 +162,12 @@ class Planner:
             return self._plan([pair for own in windows for pair in own], max_length), owners
 
         return self._keep("rolling", (texts, max_length), make)
+
+    def contexts(self, texts: Sequence[str]) -> dict[str, list[int]]:
+        """Token ids of the contexts of texts that are to be generated."""
+        encoded = encode_strings(self.tokenizer, texts)
+        self.largest = max(self.largest, largest_tokens({"": encoded.values()})[""])
+        return encoded
 
     def _plan(self, tokens: list[TokenPair], max_length: int) -> Plan:
         plan = make_plan(tokens, max_length=max_length, batch_tokens=self.batch_tokens, truncate=self.truncate)

@@ -32,6 +32,18 @@ SUBSETS = {
 }
 
 
+GENERATE = """
+task: own
+dataset_path: cais/wmdp
+dataset_name: wmdp-bio
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices[0]}}"
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
 def evaluate(root: Path, tasks: list[str], model: Any = None, **options: Any) -> dict[str, Any]:
     tokenizer = make_tokenizer()
     return Evaluation(tokenizer, tasks=tasks, data_dir=root, **options).run(model or OracleModel(tokenizer))
@@ -224,6 +236,9 @@ def test_a_token_of_the_questions_without_a_row(tmp_path: Path) -> None:
     oracle = OracleModel(make_tokenizer())
     with pytest.raises(UserError, match=said):
         Evaluation(tokenizer, tasks=["wmdp_bio"], data_dir=tmp_path).run(oracle)
+    (tmp_path / "own.yaml").write_text(GENERATE)
+    with pytest.raises(UserError, match=said):
+        Evaluation(tokenizer, tasks=["own"], data_dir=tmp_path, include_path=tmp_path, model_config=config)
 
 
 @pytest.mark.parametrize("value", [0, -3])
