@@ -200,7 +200,8 @@ class TrainConfig(CorpusFlags, ResumeFlags, DeviceFlags):
     """Compile each block: faster steps, after minutes of compilation for every new length of window."""
 
     eval_tasks: tuple[str, ...] = ()
-    """lm-eval tasks to measure on the live model after the last step, e.g. wmdp_bio mmlu_stem."""
+    """lm-eval tasks to measure on the live model after the last step, e.g. wmdp_bio mmlu_stem; also with commas
+    between."""
     eval_every: int | None = None
     """Optimizer steps between further evaluations, the first before step 0."""
     data_dir: str | None = None
@@ -218,6 +219,7 @@ class TrainConfig(CorpusFlags, ResumeFlags, DeviceFlags):
     """Optimizer steps between lines of metrics.jsonl."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "eval_tasks", tuple(split_names(self.eval_tasks)))
         self._refuse_idle_flags()
         self.check_resume()
         for name, value in self._mode_defaults().items():
@@ -303,6 +305,11 @@ class TrainConfig(CorpusFlags, ResumeFlags, DeviceFlags):
                 )
         if set(self.layers) == {depth} and self.lens not in (None, self._default_lens):
             raise UserError(f"--lens has no effect with --layers {depth}, the final stream: leave it out")
+
+
+def split_names(names: Sequence[str]) -> list[str]:
+    """The names in `names`, some of which may be joined with commas as lm-eval's command line wants them."""
+    return [name for word in names for name in word.split(",") if name]
 
 
 def check_once(flag: str, names: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from unlearn.data import Batches, Corpus, check_examples, read_corpus
 from unlearn.distributed import fail_together, is_main, world_size
 from unlearn.files import absolute_model, files_hash
 from unlearn.lens import TunedLens
-from unlearn.lens_readings import Stage, read_prompts, write_stage
+from unlearn.lens_readings import Stage, encode_prompts, read_prompts, write_stage
 from unlearn.lora import adapters, initial_adapters, merge_lora, save_adapter
 from unlearn.memory import Layout, Shape, available_gib, check_fits, check_rank
 from unlearn.methods import lens as lens_method
@@ -76,6 +76,7 @@ def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
     tokenizer = load_tokenizer(config.model, revision=config.revision)
     batches = _batches(config, tokenizer)
     check_windows(model_config, {one.corpus.name: one.corpus.windows for one in batches.values()})
+    encode_prompts(tokenizer, config.prompts, model_config)  # what is wrong with them shows before the first step
     check_apart({name: of_name.corpus for name, of_name in batches.items()})
     lens = _lens(config, device, config.layers if "forget" in batches else ())
     with fail_together():
@@ -150,6 +151,7 @@ def _read(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, which: str) -
         tokenizer,
         seq_len=config.seq_len,
         column=getattr(config, f"{which}_column"),
+        column_flag=f"--{which}-column",
         template=getattr(config, f"{which}_template"),
     )
 
