@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from evals.answer_tokens import check_answer_tokens
 from evals.answers import Answers, collect, debias_small, prompt_id
 from evals.chat import chat_template
-from evals.lm import LiveModel, context_length
+from evals.lm import QUESTIONS, LiveModel, context_length
 from evals.output import write_result
 from evals.plan import Planner
 from evals.question_task import QuestionTask
@@ -26,6 +26,7 @@ from evals.task_loader import compiled_templates, load_tasks
 from unlearn.device import choose_device
 from unlearn.distributed import is_main, main_first, world_size
 from unlearn.errors import UserError
+from unlearn.model_config import check_rows
 
 # Accuracies have a closed-form standard error, which lm-eval computes if this is above 0; others are resampled.
 BOOTSTRAP_ITERS = 1000
@@ -55,8 +56,29 @@ class Evaluation:
 
     Every rank must build it alike and call `run` together.
 
+    Args:
+        tasks: names of lm-eval tasks, groups or tags.
+        data_dir: folder of all question files, `<dataset_path>/<dataset_name>/<split>-*.parquet`; None: the hub.
+        include_path: folder with further task definitions.
+        limit: only the first so many questions of each task.
+        subsample: only so many questions of each of `tasks`, shared out among its subjects and always the same.
+        permute: ask questions with letters in every cyclic order of their choices.
+        truncate: cut questions that are longer than the model's context from the left, instead of raising.
+        metric: which of lm-eval's metrics to report for tasks that have it; the others keep the first of their own.
+        pools: further rows of the summary: the tasks or groups that make up each.
+        shots: few-shot examples before each question, but for tasks whose own definition says that there are none.
+        chat: ask through the tokenizer's chat template, as lm-eval does with examples as turns.
+        batch_tokens: tokens of one forward pass of one rank, padding included; None chooses by the device.
+        device: that was asked for, see `device.choose_device`.
+        model_config: of the model to be measured; with it questions that are too long, or have tokens that it has no
+            row for, raise here, and not only when the model is measured.
+
     Attributes:
         names: all tasks and groups that are measured.
+
+    Raises:
+        UserError: an unknown task, missing data, no questions, a number that is not positive, questions too long
+            for the model, a tokenizer that takes several tokens for a letter, or the same ones for two answers.
     """
 
     @classmethod
@@ -92,29 +114,7 @@ class Evaluation:
         device: str | None = None,
         model_config: PretrainedConfig | None = None,
     ):
-        """Load the questions, fill the templates, and tokenise.
-
-        Args:
-            tasks: names of lm-eval tasks, groups or tags.
-            data_dir: folder of all question files, `<dataset_path>/<dataset_name>/<split>-*.parquet`; None: the hub.
-            include_path: folder with further task definitions.
-            limit: only the first so many questions of each task.
-            subsample: only so many questions of each of `tasks`, shared out among its subjects and always the same.
-            permute: ask questions with letters in every cyclic order of their choices.
-            truncate: cut questions that are longer than the model's context from the left, instead of raising.
-            metric: which of lm-eval's metrics to report for tasks that have it; the others keep the first of their own.
-            pools: further rows of the summary: the tasks or groups that make up each.
-            shots: few-shot examples before each question, but for tasks whose own definition says that there are none.
-            chat: ask through the tokenizer's chat template, as lm-eval does with examples as turns.
-            batch_tokens: tokens of one forward pass of one rank, padding included; None chooses by the device.
-            device: that was asked for, see `device.choose_device`.
-            model_config: of the model to be measured; with it questions that are too long raise here, and not only
-                when the model is measured.
-
-        Raises:
-            UserError: an unknown task, missing data, no questions, a number that is not positive, questions too long
-                for the model, a tokenizer that takes several tokens for a letter, or the same ones for two answers.
-        """
+        """Load the questions, fill the templates, and tokenise."""
         for name, value in (("limit", limit), ("subsample", subsample)):
             if value is not None and value <= 0:
                 raise UserError(f"expected --{name} above 0; found {value}: leave it out to take all questions")
@@ -144,6 +144,7 @@ class Evaluation:
         self.names = [*measured, *self._pools]
         if model_config is not None:
             self._plan(context_length(model_config, tokenizer))
+            check_rows(model_config, self.largest_token())
         # Hundreds of thousands of objects that stay: the garbage collector need not walk through them in each `run`.
         gc.collect()
         gc.freeze()
@@ -169,6 +170,10 @@ class Evaluation:
         """Of every question, as it is asked."""
         asked = {name: {kind: found[kind] for kind in ("ids", "prompts")} for name, found in self.asked().items()}
         return hash_string(json.dumps(asked))
+
+    def largest_token(self) -> dict[str, int]:
+        """The largest token of the questions that were planned, for `check_rows`."""
+        return {QUESTIONS: self._planner.largest}
 
     def run(self, model: PreTrainedModel, *, name: str | None = None, revision: str | None = None) -> dict[str, Any]:
         """Measure `model` as it is: in training or not, plain or sharded.
@@ -234,6 +239,8 @@ class Evaluation:
         if "loglikelihood" in asked:
             plan = self._planner.plan(asked["loglikelihood"], max_length)
             self._check_answers(dict(zip(asked["loglikelihood"], plan.continuations, strict=True)))
+        if "generate_until" in asked:
+            self._planner.contexts([context for context, _ in asked["generate_until"]])
         self._planned = max_length
 
     def _check_answers(self, scored: Mapping[tuple[str, str], list[int]]) -> None:

@@ -46,7 +46,7 @@ def fetch(config: FetchConfig) -> None:
 
 
 def download(config: FetchConfig) -> None:
-    """Fetch the Parquet files of every split that the tasks ask questions from."""
+    """Fetch the Parquet files of every split that the tasks take questions or few-shot examples from."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -118,7 +118,16 @@ def _noted(folder: Path) -> dict[str, str]:
 
 
 def _digests(config: FetchConfig) -> dict[str, str]:
-    return {file: digest for task in _load(config).values() for file, digest in task.provenance.items()}
+    """The SHA-256 of each file with questions, or with examples that --num-fewshot may ask for."""
+    from evals.local_data import LocalData
+    from evals.task_loader import question_sources
+
+    found = {file: digest for task in _load(config).values() for file, digest in task.provenance.items()}
+    local = LocalData(config.data_dir)
+    for source in question_sources(config.tasks, config.include_path):
+        if not any(str(file.relative_to(local.root)) in found for file in local.files(*source)):
+            found |= local.read(*source)[1]
+    return found
 
 
 def _counts(config: FetchConfig) -> Iterable[tuple[str, int, int]]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from unlearn.config import split_names
 from unlearn.errors import UserError
 
 TASKS = (
@@ -24,7 +25,7 @@ class FetchConfig:
     """Folder for the question files, laid out as DIR/<dataset_path>/<dataset_name>/<split>-*.parquet."""
 
     tasks: tuple[str, ...] = TASKS
-    """Names of lm-eval tasks, groups or tags."""
+    """Names of lm-eval tasks, groups or tags, also with commas between."""
 
     include_path: Path | None = None
     """Folder with further task definitions (lm-eval's YAML)."""
@@ -33,5 +34,6 @@ class FetchConfig:
     """Only check what is there, without network."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", tuple(split_names(self.tasks)))
         if not self.tasks:
             raise UserError("expected at least one name after --tasks; found none: leave it out to fetch all")

@@ -30,9 +30,11 @@ from evals.generate import Writing, batch_writings, make_writings, write_greedil
 from evals.plan import Plan, Planner, Row
 from unlearn.distributed import all_sum, all_true, is_main, rank, world_size
 from unlearn.errors import NotFinite, UserError
+from unlearn.model_config import check_rows
 
 DEFAULT_MAX_LENGTH = 2048  # where neither config nor tokenizer says, as in lm-eval
 DEFAULT_LONGEST = 256  # tokens to generate where a task does not say, as in lm-eval
+QUESTIONS = "the evaluation's questions"  # for messages
 SOFTMAX_ROWS = 256  # of logits whose exponentials are summed at a time
 
 
@@ -137,7 +139,8 @@ class LiveModel(TemplateLM):
             UserError: a task asks for sampling or beams, or the ranks planned different work.
         """
         contexts = [request.args[0] for request in requests]
-        encoded = encode_strings(self.tokenizer, contexts)
+        encoded = self.planner.contexts(contexts)
+        check_rows(self.model.config, {QUESTIONS: self.planner.largest})
         writings = make_writings(
             self.tokenizer,
             [encoded[context] for context in contexts],
@@ -182,6 +185,7 @@ class LiveModel(TemplateLM):
     def _run(self, plan: Plan, progress: bool) -> Tensor:
         """float64 [requests, 2] on the CPU: log-likelihood, and how many tokens greedy decoding writes otherwise."""
         self._check_agreement(plan.checksum)
+        check_rows(self.model.config, {QUESTIONS: plan.largest})
         self.plans.append(plan)
         scores = torch.zeros(plan.requests, 2, dtype=torch.float64)
         total = sum(map(len, plan.batches))

@@ -12,8 +12,12 @@ from pathlib import Path
 
 import datasets
 
-from evals.question_files import SUFFIXES, read_questions, suffix_of
+from evals.question_files import read_questions, suffix_of
 from unlearn.errors import UserError
+from unlearn.files import file_hash
+
+_SHARD = re.compile(r"-(\d+)-of-(\d+)(?:-[0-9a-f]+)?")  # older ones of the hub have a hash behind
+_SET = re.compile(rf"|{_SHARD.pattern}")  # what stands between a split's name and a file's suffix
 
 
 class LocalData:
@@ -29,16 +33,15 @@ class LocalData:
             raise UserError(f"expected a folder after --data-dir; found none at {root}: check the path")
 
     def files(self, path: str, name: str | None, split: str) -> list[Path]:
-        """The files of one split, in order; empty if there are none; `UserError` if some are missing."""
+        """The files of one split, in order; empty if there are none; `UserError` if some are missing, or too many."""
         folder = self.root / path / name if name else self.root / path
-        for place in (folder, folder / "data"):
-            for suffix in SUFFIXES:
-                found = [file for file in place.glob(f"{split}[-.]*") if suffix_of(file) == suffix]
-                shards = sorted(file for file in found if file.name.startswith(f"{split}-"))
-                if found := shards or [file for file in found if file.name.lower() == f"{split}{suffix}".lower()]:
-                    _check_shards(found)
-                    return found
-        return []
+        found = [file for place in (folder, folder / "data") for file in sorted(place.glob(f"{split}[-.]*"))]
+        found = [file for file in found if suffix_of(file) is not None]
+        # Where there is nothing else, the split may be in one file with any name behind its own, as the hub has some.
+        files = [file for file in found if _SET.fullmatch(_behind(file, split))]
+        files = files or [file for file in found if file.name.startswith(f"{split}-")]
+        _check_set(files, split)
+        return files
 
     def expected(self, path: str, name: str | None, split: str) -> Path:
         """Where a missing split should be, for a message."""
@@ -57,7 +60,7 @@ class LocalData:
                 f"data set {path} there, for example with `hf download {path} --repo-type dataset --local-dir "
                 f"{self.root / path}`"
             )
-        return _read(files, {str(file.relative_to(self.root)): sha256(file) for file in files})
+        return _read(files, {str(file.relative_to(self.root)): file_hash(file) for file in files})
 
 
 def read_named(names: Sequence[str], folders: Sequence[Path], task: str) -> tuple[datasets.Dataset, dict[str, str]]:
@@ -79,7 +82,7 @@ def read_named(names: Sequence[str], folders: Sequence[Path], task: str) -> tupl
                 "paths start from its own folder"
             )
         files += found
-    return _read(files, {str(file): sha256(file) for file in files})
+    return _read(files, {str(file): file_hash(file) for file in files})
 
 
 def _glob(place: Path) -> Iterable[Path]:
@@ -94,19 +97,21 @@ def _read(files: Sequence[Path], digests: dict[str, str]) -> tuple[datasets.Data
     return datasets.Dataset(table, fingerprint=fingerprint), digests
 
 
-def _check_shards(files: list[Path]) -> None:
-    """Raise unless `split-00000-of-00002.parquet` and its like are all there, and of one set."""
-    named = [match for file in files if (match := re.search(r"-(\d+)-of-(\d+)\.[a-z.]+$", file.name, re.I))]
-    places = sorted(int(match[1]) for match in named)
-    totals = {int(match[2]) for match in named}
-    if named and (len(named) < len(files) or len(totals) > 1 or places != list(range(totals.pop()))):
+def _behind(file: Path, split: str) -> str:
+    """`-00000-of-00002` of `test-00000-of-00002.parquet`, nothing of `test.parquet`."""
+    return file.name[len(split) :].lower().removesuffix(suffix_of(file) or "")
+
+
+def _check_set(files: Sequence[Path], split: str) -> None:
+    """Raise unless these are one file, or `split-00000-of-00002.parquet` and its like, all there and of one set."""
+    if len(files) <= 1 and not any(_SHARD.fullmatch(_behind(file, split)) for file in files):
+        return
+    numbered = [match for file in files if (match := _SHARD.fullmatch(_behind(file, split)))]
+    places = sorted(int(match[1]) for match in numbered)
+    kinds = {(file.parent, suffix_of(file), match[2]) for file, match in zip(files, numbered, strict=False)}
+    if len(numbered) < len(files) or len(kinds) > 1 or places != list(range(int(numbered[0][2]))):
         raise UserError(
-            f"expected all parts of one split in {files[0].parent}; found {', '.join(file.name for file in files)}: "
-            "fetch the data set again into an empty folder"
+            f"expected one file or all parts of one split in {files[0].parent}; found "
+            f"{', '.join(file.name for file in files)}: remove what is not meant, or fetch the data set again into an "
+            "empty folder"
         )
-
-
-def sha256(file: Path) -> str:
-    """The SHA-256 of a file's bytes, as `sha256sum` prints it."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from evals.encode import Pair, TokenPair, encode_pairs, encode_strings, prefix_token
 from unlearn.errors import UserError
+from unlearn.model_config import largest_tokens
 
 # Positions of a batch whose logits are wanted: at V = 50,000 in float32 they take 0.8 GB.
 SCORED_POSITIONS = 4096
@@ -38,6 +39,7 @@ class Plan:
         continuations: the tokens that each request scores.
         truncated: how many rows lost tokens on the left.
         checksum: CRC-32 of the batches, equal on ranks that planned the same.
+        largest: the largest token that is read or scored.
     """
 
     requests: int
@@ -45,6 +47,7 @@ class Plan:
     continuations: list[list[int]]
     truncated: int
     checksum: int
+    largest: int
 
 
 def make_plan(pairs: Sequence[TokenPair], *, max_length: int, batch_tokens: int, truncate: bool = False) -> Plan:
@@ -83,7 +86,9 @@ def make_plan(pairs: Sequence[TokenPair], *, max_length: int, batch_tokens: int,
     rows = [Row(tokens, max(len(c) for _, c in requests), requests) for tokens, requests in groups.items()]
     rows.sort(key=lambda row: (-len(row.tokens), row.tokens))
     batches = _batches(rows, batch_tokens)
-    return Plan(len(pairs), batches, [continuation for _, continuation in pairs], len(cut), _checksum(batches))
+    continuations = [continuation for _, continuation in pairs]
+    largest = max((max(part) for part in (*groups, *continuations)), default=0)
+    return Plan(len(pairs), batches, continuations, len(cut), _checksum(batches), largest)
 
 
 def _batches(rows: list[Row], batch_tokens: int) -> list[list[Row]]:
@@ -129,12 +134,17 @@ def rolling_pairs(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_
 
 
 class Planner:
-    """Makes plans for one tokenizer, and keeps the last of each kind: the next evaluation in training asks the same."""
+    """Makes plans for one tokenizer, and keeps the last of each kind: the next evaluation in training asks the same.
+
+    Attributes:
+        largest: the largest token of all plans and contexts so far.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, batch_tokens: int, *, truncate: bool = False):
         if batch_tokens <= 0:
             raise UserError(f"expected --batch-tokens above 0; found {batch_tokens}: 16384 suits most GPUs")
         self.tokenizer, self.batch_tokens, self.truncate = tokenizer, batch_tokens, truncate
+        self.largest = 0
         self._kept: dict[str, tuple[Any, Any]] = {}
 
     def plan(self, pairs: Sequence[Pair], max_length: int) -> Plan:
@@ -153,8 +163,16 @@ class Planner:
 
         return self._keep("rolling", (texts, max_length), make)
 
+    def contexts(self, texts: Sequence[str]) -> dict[str, list[int]]:
+        """Token ids of the contexts of texts that are to be generated."""
+        encoded = encode_strings(self.tokenizer, texts)
+        self.largest = max(self.largest, largest_tokens({"": encoded.values()})[""])
+        return encoded
+
     def _plan(self, tokens: list[TokenPair], max_length: int) -> Plan:
-        return make_plan(tokens, max_length=max_length, batch_tokens=self.batch_tokens, truncate=self.truncate)
+        plan = make_plan(tokens, max_length=max_length, batch_tokens=self.batch_tokens, truncate=self.truncate)
+        self.largest = max(self.largest, plan.largest)
+        return plan
 
     def _keep(self, kind: str, question: Any, make: Callable[[], Any]) -> Any:
         """What `make` returned for an equal question, or returns now."""

@@ -9,6 +9,7 @@ import io
 import json
 import re
 import sys
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ import pyarrow
 import pyarrow.parquet
 
 from unlearn.errors import UserError
+from unlearn.files import check_file, unique_keys
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz")
 _WHOLE = re.compile(r"-?(0|[1-9]\d{0,17})")
-_LFS = b"version https://git-lfs"
 
 
 def suffix_of(file: Path) -> str | None:
@@ -37,12 +38,36 @@ def read_questions(files: Sequence[Path]) -> pyarrow.Table:
     """
     tables = [_read(file) for file in files]
     try:
-        return pyarrow.concat_tables(tables, promote_options="permissive")
+        whole = pyarrow.concat_tables(tables, promote_options="permissive")
     except pyarrow.ArrowException as error:
         raise UserError(
             f"expected the same columns in {', '.join(file.name for file in files)}; found {_first_line(error)!r}: "
             "mend the files, or put them into different folders"
         ) from error
+    joined = _numbers(whole.schema)
+    for file, table in zip(files, tables, strict=True):
+        for name, kind in _numbers(table.schema).items():
+            if pyarrow.types.is_integer(kind) and not pyarrow.types.is_integer(joined.get(name, kind)):
+                raise UserError(
+                    f"expected one kind of numbers in the column {name} of {', '.join(file.name for file in files)}; "
+                    f"found whole ones in {file.name} and others elsewhere, beside which 1 becomes 1.0: write them as "
+                    "texts"
+                )
+    return whole
+
+
+def _numbers(schema: pyarrow.Schema) -> dict[str, pyarrow.DataType]:
+    """The type of every column, or of what its lists and structures hold, by a name such as `choices.item`."""
+    found: dict[str, pyarrow.DataType] = {}
+    waiting = [(field.name, field.type) for field in schema]
+    while waiting:
+        name, kind = waiting.pop()
+        found[name] = kind
+        if pyarrow.types.is_struct(kind):
+            waiting += [(f"{name}.{kind.field(i).name}", kind.field(i).type) for i in range(kind.num_fields)]
+        elif hasattr(kind, "value_type"):  # lists; Parquet files name what is in them differently
+            waiting.append((f"{name}.item", kind.value_type))
+    return found
 
 
 def _read(file: Path) -> pyarrow.Table:
@@ -51,14 +76,14 @@ def _read(file: Path) -> pyarrow.Table:
         raise UserError(f"expected questions in a file ending in {', '.join(SUFFIXES)}; found {file}: convert it")
     kind = {".parquet": "Parquet", ".csv": "CSV"}.get(suffix.removesuffix(".gz"), "JSON")
     try:
-        with file.open("rb") as stream:
-            if stream.read(len(_LFS)) == _LFS:
-                raise UserError(
-                    f"expected {kind} in {file}; found a Git LFS pointer to it: run `git lfs pull` where it comes from"
-                )
+        check_file(file, "file of questions")
         table = pyarrow.parquet.read_table(file) if kind == "Parquet" else _table(_rows(file, suffix))
-    except (pyarrow.ArrowException, OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-        raise UserError(f"expected {kind} in {file}; found {_first_line(error)!r}: fetch the file again") from error
+    except UserError:
+        raise
+    except (pyarrow.ArrowException, OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error) as error:
+        raise UserError(
+            f"expected {kind} in {file}; found {_first_line(error)!r}: mend it or fetch it again"
+        ) from error
     return _drop_foreign(table)
 
 
@@ -68,9 +93,9 @@ def _rows(file: Path, suffix: str) -> list[dict[str, Any]]:
     if suffix.startswith(".csv"):
         return _csv_rows(file, text)
     if suffix.startswith(".jsonl") or not text.lstrip().startswith("["):
-        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        rows = [json.loads(line, object_pairs_hook=unique_keys) for line in text.split("\n") if line.strip()]
     else:
-        rows = json.loads(text)
+        rows = json.loads(text, object_pairs_hook=unique_keys)
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise UserError(

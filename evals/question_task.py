@@ -85,16 +85,16 @@ class QuestionTask(ConfigurableTask):
             return
         assert self.DATASET_PATH is not None, "a YAML task names a dataset_path"
         questions = self.config.test_split or self.config.validation_split
-        examples = [self.config.training_split, self.config.validation_split, self.fewshot_cfg.split]
+        examples = [self.fewshot_cfg.split, self.config.training_split, self.config.validation_split]
+        needed = [questions, next(filter(None, examples), None) if self.config.num_fewshot else None]
         self.dataset = {}
         for split in dict.fromkeys(split for split in [questions, *examples] if split):
-            # Without few-shot examples their split need not be there, though lm-eval opens it.
-            needless = split != questions and not self.config.num_fewshot
-            if needless and not self.local.files(self.DATASET_PATH, self.DATASET_NAME, split):
+            # A split that no few-shot example comes from need not be there, though lm-eval opens it.
+            if split not in needed and not self.local.files(self.DATASET_PATH, self.DATASET_NAME, split):
                 self.dataset[split] = datasets.Dataset.from_dict({})
                 continue
             self.dataset[split], digests = self.local.read(self.DATASET_PATH, self.DATASET_NAME, split)
-            self.provenance.update(digests)
+            self.provenance |= digests if split in needed else {}
 
     def _named_files(self, kwargs: dict[str, Any]) -> dict[str, list[str]] | None:
         """The local files by split that the YAML names, if they and all that it says of them can be read here."""

@@ -61,7 +61,7 @@ def _run_of(model: str) -> dict[str, Any]:
 
 def _corpus(run: Mapping[str, Any], which: str, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Corpus | None:
     """A corpus of the run in windows of the attack; None where it is not there any more, or other text is."""
-    columns = {name: run.get(f"{which}_{name}") for name in ("column", "template")}
+    columns: dict[str, Any] = {name: run.get(f"{which}_{name}") for name in ("column", "template")}
     try:
         found = read_corpus(run[which], tokenizer, seq_len=run["seq_len"], **columns)
         same = found.sha256() == run["identity"][f"{which} corpus"]

@@ -108,7 +108,7 @@ def prepare(config: TamperConfig) -> Grid:
     from evals.evaluation import Evaluation
     from evals.fine_tuning import AttackFlags, attack_batches, check_examples_differ
     from unlearn.model import load_config, load_tokenizer
-    from unlearn.model_config import check_windows
+    from unlearn.model_config import check_rows, check_windows, largest_tokens
 
     tokenizer = load_tokenizer(config.model, revision=config.revision)
     identity = _models(config, tokenizer)
@@ -118,6 +118,10 @@ def prepare(config: TamperConfig) -> Grid:
     identity |= {f"{name} corpus": corpus.sha256() for name, corpus in corpora.items()}
     evaluation = Evaluation.of(config, tokenizer, load_config(config.model, revision=config.revision))
     identity["questions"] = evaluation.sha256()
+    for subject in config.subjects():  # a control may have fewer rows
+        check_rows(
+            load_config(subject.model, revision=subject.revision), largest_tokens(windows) | evaluation.largest_token()
+        )
     reference = _reference(config, evaluation)
     flags = {attack: AttackFlags.of(config, config.subjects()[0], attack) for attack in config.attacks()}
     batches = {attack: attack_batches(of_attack, corpora) for attack, of_attack in flags.items()}
@@ -160,12 +164,12 @@ def _corpora(config: TamperConfig, tokenizer: "PreTrainedTokenizerBase") -> dict
     from unlearn.data import read_corpus
 
     sources = {
-        "forget": (config.corpus, config.column, config.template),
-        "benign": (config.benign_corpus, config.benign_column, config.benign_template),
+        "forget": (config.corpus, config.column, config.template, "--column"),
+        "benign": (config.benign_corpus, config.benign_column, config.benign_template, "--benign-column"),
     }
     return {
-        name: read_corpus(source, tokenizer, seq_len=config.seq_len, column=column, template=template)
-        for name, (source, column, template) in sources.items()
+        name: read_corpus(source, tokenizer, seq_len=config.seq_len, column=column, template=template, column_flag=flag)
+        for name, (source, column, template, flag) in sources.items()
         if source is not None
     }
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import tyro
 
-from unlearn.config import DeviceFlags, ResumeFlags, check_once
+from unlearn.config import DeviceFlags, ResumeFlags, check_once, split_names
 from unlearn.errors import UserError
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -156,6 +156,8 @@ class TamperConfig(ResumeFlags, DeviceFlags):
     """Also write the attacked model to <output>/model."""
 
     def __post_init__(self) -> None:
+        for name in ("eval_tasks", "hazard_tasks", "general_tasks"):
+            object.__setattr__(self, name, tuple(split_names(getattr(self, name))))
         self.check_resume()
         _check_numbers(self)
         _check_grid(self)

@@ -2,7 +2,7 @@
 
 import difflib
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind
 
 from evals.local_data import LocalData
-from evals.question_task import QuestionTask, allocate
+from evals.question_task import FORMATS, QuestionTask, allocate
 from evals.task_errors import explained
 from evals.task_search import QUICK_FOLDERS, TaskSearch, check_yaml
+from unlearn.config import split_names
 from unlearn.errors import UserError
 
 OWN_FOLDER = Path(__file__).parent / "tasks"
@@ -57,14 +58,7 @@ def load_tasks(
     manager = _manager(names, include_path)
     local = LocalData(data_dir) if data_dir is not None else None
     kind = type("QuestionTask", (QuestionTask,), {"local": local, "shots": shots})
-    built: list[Any] = []
-    for name in dict.fromkeys(names):
-        with explained(f"a definition of {name} that lm-eval can read"):
-            one = manager._factory.build(
-                manager.task_index[name], overrides={"class": kind}, registry=manager.task_index
-            )
-        built.extend(one if isinstance(one, list) else [one])
-    loaded = _collect(built, once=subsample is not None)
+    loaded = _collect(_build(names, manager, kind), once=subsample is not None)
     tasks: dict[str, QuestionTask] = loaded["tasks"]
     for task in tasks.values():
         _check_type(task)
@@ -89,13 +83,22 @@ def load_tasks(
     return loaded
 
 
-def split_names(names: Iterable[str]) -> list[str]:
-    """The names in `names`, some of which may be joined with commas as lm-eval's command line wants them."""
-    return [name for word in names for name in word.split(",") if name]
+def _build(names: Sequence[str], manager: TaskManager, kind: type[QuestionTask]) -> list[QuestionTask | Group]:
+    """What lm-eval makes of each name, with tasks of our kind."""
+    built: list[QuestionTask | Group] = []
+    for name in dict.fromkeys(names):
+        with explained(f"a definition of {name} that lm-eval can read"):
+            one = manager._factory.build(
+                manager.task_index[name], overrides={"class": kind}, registry=manager.task_index
+            )
+        built.extend(one if isinstance(one, list) else [one])
+    return built
 
 
 def question_sources(names: Sequence[str], include_path: str | Path | None = None) -> list[tuple[str, str | None, str]]:
     """The (data set, configuration, split) of every file with questions, or few-shot examples, of these tasks.
+
+    A split for examples counts unless the task's definition says that there are none: --num-fewshot may ask for some.
 
     Raises:
         UserError: an unknown task.
@@ -105,9 +108,12 @@ def question_sources(names: Sequence[str], include_path: str | Path | None = Non
     found = []
     for leaf in dict.fromkeys(leaf for name in names for leaf in _leaves(name, manager.task_index)):
         config = manager._factory._load_full_config(manager.task_index[leaf], None)
+        if config["dataset_path"] in FORMATS:  # the YAML itself names the files
+            continue
         splits = [config.get("test_split") or config.get("validation_split")]
-        if config.get("num_fewshot"):
-            splits.append(config.get("fewshot_split") or config.get("training_split"))
+        shots, own = config.get("num_fewshot"), config.get("fewshot_split")
+        if shots != 0:
+            splits.append(own or (shots and (config.get("training_split") or config.get("validation_split"))))
         found += [(config["dataset_path"], config.get("dataset_name"), split) for split in splits if split]
     return list(dict.fromkeys(found))
 

@@ -112,7 +112,9 @@ class OracleModel(nn.Module):
         self.tokenizer = tokenizer
         self.letters = [tokenizer.encode(f" {letter}") for letter in LETTERS]
         assert all(len(tokens) == 1 for tokens in self.letters)
-        self.config = SimpleNamespace(max_position_embeddings=4096, _name_or_path="tests/oracle")
+        self.config = SimpleNamespace(
+            max_position_embeddings=4096, vocab_size=len(tokenizer), _name_or_path="tests/oracle"
+        )
         self.lm_head = nn.Linear(4, len(tokenizer), bias=False)
         weight = torch.zeros(len(tokenizer), 4)
         for answer, (token,) in enumerate(self.letters):

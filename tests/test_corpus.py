@@ -1,6 +1,7 @@
 """What of a corpus is text, in which forms it is read, and what is refused."""
 
 import bz2
+import dataclasses
 import gzip
 import json
 from pathlib import Path
@@ -10,9 +11,16 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from conftest import tiny_model, tiny_tokenizer
 
+from evals import tamper
+from evals.tamper_config import TamperConfig
+from unlearn import fit_lens, unlearning
+from unlearn.config import TrainConfig
 from unlearn.corpus import read_texts
 from unlearn.errors import UserError
+from unlearn.fit_config import FitLensConfig
+from unlearn.model import save_model
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 12345\n"
 ROWS: list[dict[str, Any]] = [{"text": "flint garnet"}, {"text": "iron\u2028ember\x0c\x85caf\u00e9"}]
@@ -126,6 +134,46 @@ def test_pages_beside_texts(tmp_path: Path) -> None:
     assert read_texts(str(tmp_path / "x.parquet")).texts == ["page one"]
 
 
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_the_page_number_of_an_empty_text(tmp_path: Path, form: str) -> None:
+    """A row with an empty text trained on its page's number, "12"."""
+    rows = [{"text": "", "page": "12"}, {"text": "  ", "page": "13"}, {"text": None, "page": "a page"}]
+    if form == "parquet":
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    else:
+        written(tmp_path / "x.jsonl", jsonl(*rows, {"page": "another"}))
+    wanted = ["", "", "a page", *(["another"] if form == "jsonl" else [])]
+    assert read_texts(str(tmp_path / f"x.{form}")).texts == wanted
+
+
+@pytest.mark.parametrize("name", ["title", "abstract"])
+def test_a_joined_column_that_nobody_named_says_the_way_out(tmp_path: Path, name: str) -> None:
+    """A title that is a number refused the corpus, and the message asked for a column of strings, which it has."""
+    source = written(tmp_path / "x.jsonl", jsonl({"text": "words", name: 7}))
+    said = f"'{name}' of .*; found a int .* name the column of strings that counts, as in `--benign-column text`"
+    with pytest.raises(UserError, match=said):
+        read_texts(source, column_flag="--benign-column")
+    assert read_texts(source, column="text").texts == ["words"]
+
+
+def test_every_command_names_its_own_flag(tmp_path: Path, token_cache: Path) -> None:
+    """The remedy is a flag of the command that refuses the corpus, and of that corpus."""
+    save_model(tiny_model(), tiny_tokenizer(), tmp_path / "model")
+    good = written(tmp_path / "good.jsonl", jsonl({"text": "some words"}))
+    bad = written(tmp_path / "bad.jsonl", jsonl({"text": "words", "title": 7}))
+    model, tokenizer = str(tmp_path / "model"), tiny_tokenizer()
+    attack = TamperConfig(model=model, output="x", corpus=good, benign_corpus=bad, data=("mix",))
+    calls = {
+        "--forget-column": lambda: unlearning._read(TrainConfig(forget=bad), tokenizer, "forget"),
+        "--retain-column": lambda: fit_lens._read(FitLensConfig(model=model, output="x", forget=good, retain=bad)),
+        "--benign-column": lambda: tamper._corpora(attack, tokenizer),
+        "--column": lambda: tamper._corpora(dataclasses.replace(attack, corpus=bad, benign_corpus=good), tokenizer),
+    }
+    for flag, call in calls.items():
+        with pytest.raises(UserError, match=f"as in `{flag} text`"):
+            call()
+
+
 def test_parquet_files_that_differ_beside_their_text(tmp_path: Path) -> None:
     """Shards with other integers, strings, order or columns, and a map beside the text, were refused."""
     tables = [
@@ -156,6 +204,39 @@ def test_folders_of_files(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pa.table({"text": ["x"]}), tmp_path / "x.parquet")
     with pytest.raises(UserError, match="found both"):
         read_texts(str(tmp_path))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".jsonl.gz"])
+def test_files_named_after_splits(tmp_path: Path, suffix: str) -> None:
+    """Only splits in numbered files were kept apart: of train.jsonl beside test.jsonl both were trained on."""
+
+    def put(name: str) -> None:
+        if suffix == ".parquet":
+            pyarrow.parquet.write_table(pa.table({"text": [name]}), tmp_path / f"{name}{suffix}")
+        else:
+            rows = jsonl({"text": name})
+            written(tmp_path / f"{name}{suffix}", gzip.compress(rows) if suffix.endswith(".gz") else rows)
+
+    put("test")
+    assert read_texts(str(tmp_path)).texts == ["test"]  # one set is what is meant
+    put("Validation")
+    with pytest.raises(UserError, match="expected all files of one set in .*; found Validation"):
+        read_texts(str(tmp_path))
+    for name in ("train_1", "train_2"):
+        put(name)
+    assert read_texts(str(tmp_path)).texts == ["train_1", "train_2"]
+    put("articles")
+    with pytest.raises(UserError, match="expected all files of one set in .*articles"):
+        read_texts(str(tmp_path))
+
+
+def test_numbered_files_with_a_hash(tmp_path: Path) -> None:
+    """Older Parquet files of the hub end in one: their splits were mixed."""
+    for split in ("train", "test"):
+        pyarrow.parquet.write_table(
+            pa.table({"text": [split]}), tmp_path / f"{split}-00000-of-00001-a09b74b3ef.parquet"
+        )
+    assert read_texts(str(tmp_path)).texts == ["train"]
 
 
 def test_two_columns_of_one_name(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ import pytest
 from evals_support import OracleModel, make_tokenizer, question, write_wmdp
 
 from evals.evaluation import Evaluation
+from evals.local_data import LocalData
+from evals.question_files import read_questions
 from evals.question_task import QuestionTask
 from evals.task_loader import load_tasks
 from unlearn.errors import UserError
@@ -137,6 +139,48 @@ def test_shards_may_differ_in_width_order_and_further_columns(tmp_path: Path) ->
         load_tasks(["wmdp_bio"], data_dir=tmp_path)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_whole_numbers_beside_fractions_are_refused(tmp_path: Path, nested: bool) -> None:
+    """A file of whole numbers beside one with fractions was read as fractions: the choice 1 became 1.0."""
+    for place, numbers in enumerate([[1, 2], [2.5, 3.5]]):
+        rows = [{"question": "q", "choices": numbers}] if nested else [{"question": "q", "choices": n} for n in numbers]
+        write_jsonl(tmp_path / f"test-0000{place}-of-00002.jsonl", rows)
+    files = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match="one kind of numbers in the column choices.* whole ones in test-00000-of"):
+        read_questions(files)
+    write_jsonl(files[1], [{"question": "q", "choices": [3, 4] if nested else 3, "more": 0.5}])
+    assert read_questions(files)["choices"].to_pylist() == ([[1, 2], [3, 4]] if nested else [1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (["test.jsonl", "test-small.jsonl", "test-hard.jsonl"], ["test.jsonl"]),
+        (["test.jsonl", "test-small.parquet", "test.small.jsonl"], ["test.jsonl"]),
+        (["test-00000-of-00001-a09b74b3.jsonl", "test-small.jsonl"], ["test-00000-of-00001-a09b74b3.jsonl"]),
+        (["test-some.jsonl"], ["test-some.jsonl"]),
+        (["test.small.jsonl"], []),
+        (["test-small.jsonl", "test-hard.jsonl"], None),
+        (["test.jsonl", "test.parquet"], None),
+        (["test.jsonl", "data/test.jsonl"], None),
+        (["test.jsonl", "test-00000-of-00001.jsonl"], None),
+        (["test-00000-of-00001.jsonl", "test-00000-of-00001.csv"], None),
+        (["test-00000-of-00002.jsonl", "test-00001-of-00002.csv"], None),
+    ],
+)
+def test_which_files_are_the_split(tmp_path: Path, names: list[str], chosen: list[str] | None) -> None:
+    """Of test.jsonl beside test-small.jsonl the wrong one was read, and an old Parquet file won over an edited JSON."""
+    for name in names:
+        (tmp_path / "own" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "own" / name).write_text("{}")
+    if chosen is not None:
+        assert [file.name for file in LocalData(tmp_path).files("own", None, "test")] == chosen
+        return
+    with pytest.raises(UserError, match="expected one file or all parts of one split in .*/own") as error:
+        LocalData(tmp_path).files("own", None, "test")
+    assert all(Path(name).name in str(error.value) for name in names)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -147,6 +191,8 @@ def test_shards_may_differ_in_width_order_and_further_columns(tmp_path: Path) ->
         ("test.jsonl", '{"question": "\xe4"}'.encode("latin-1"), "expected JSON in"),
         ("test.csv", b"question,answer\nWhich?,1\nWhat?\n", "as many fields as columns .* row 2"),
         ("test.jsonl.gz", b"{}", "expected JSON in"),
+        ("test.jsonl.gz", gzip.compress(b'{"question": "Which?"}')[:20] + bytes(20), "expected JSON in"),
+        ("test.jsonl", b'{"question": "Which?", "answer": 0, "answer": 1}\n', "the key 'answer' twice in one object"),
         ("test.jsonl", b"", "no rows"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from evals_support import question, write_questions, write_stem, write_wmdp
 
 from evals import fetch as command
-from evals.task_loader import question_sources
+from evals.task_loader import load_tasks, question_sources
 
 
 @pytest.fixture
@@ -32,7 +32,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.setattr(command, "PUBLISHED", {"wmdp_bio": 8, "mmlu_stem": 56})
     write_wmdp(tmp_path / "hub", [question(i, i % 4, None) for i in range(8)])
-    write_stem(tmp_path / "hub")
+    for subject in write_stem(tmp_path / "hub"):
+        write_questions(tmp_path / "hub/cais/mmlu" / subject, [question(i, i, None) for i in range(2)], "dev")
+        write_questions(tmp_path / "hub/cais/mmlu" / subject, [question(0, 0, None)], "validation")
     cloze = [{"question": "Which?", "choices": ["it", "over"], "answer": 0}]
     write_questions(tmp_path / "hub/EleutherAI/wmdp_bio_cloze/data", cloze, "cloze_compatible")
     write_questions(tmp_path / "hub/EleutherAI/wmdp_bio_cloze/data", cloze, "mcqa_only")
@@ -52,12 +54,30 @@ def test_fetches_question_splits_only_and_checks_them_offline(
     printed = capsys.readouterr().out
     assert "wmdp_bio: 8 questions in 1 files" in printed and "mmlu_stem: 56 questions in 19 files" in printed
     assert [name for name, _ in hub] == ["cais/wmdp", "cais/mmlu", "EleutherAI/wmdp_bio_cloze"]
-    assert not list(folder.rglob("mcqa_only*")), "no other splits"
+    assert not [*folder.rglob("mcqa_only*"), *folder.rglob("validation*")], "no other splits"
     moved = tmp_path / "moved"
     folder.rename(moved)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     assert run_here(command.main, "--data-dir", moved, "--check", *tasks) == 0
     assert "is ready for --data-dir" in capsys.readouterr().out
+
+
+def test_few_shot_examples_are_fetched_and_checked(
+    tmp_path: Path, hub: list[Any], run_here: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--num-fewshot with the folder that was fetched for it ended in: no such file."""
+    folder = tmp_path / "questions"
+    flags = ["--data-dir", folder, "--tasks", "mmlu_anatomy"]
+    assert run_here(command.main, *flags) == 0
+    task = load_tasks(["mmlu_anatomy"], data_dir=folder, shots=1)["tasks"]["mmlu_anatomy"]
+    assert len(task.provenance) == 2
+    examples = folder / "cais/mmlu/anatomy/dev-00000-of-00001.parquet"
+    write_questions(examples.parent, [question(5, 1, None)], "dev")
+    assert run_here(command.main, *flags, "--check") == 2
+    assert f"expected {examples} as it was fetched" in capsys.readouterr().err
+    examples.unlink()
+    assert run_here(command.main, *flags, "--check") == 2
+    assert "dev-*.parquet; found no such file" in capsys.readouterr().err
 
 
 def test_changed_and_missing_questions_are_found(
@@ -98,4 +118,5 @@ def test_sources_are_those_of_the_tasks() -> None:
         ("EleutherAI/wmdp_bio_robust_mcqa", "robust")
     }
     assert question_sources(["wmdp_bio_cloze_verified"]) == [("EleutherAI/wmdp_bio_cloze", None, "cloze_compatible")]
-    assert len(question_sources(["mmlu"])) == 57
+    mmlu = question_sources(["mmlu"])
+    assert [sum(split == wanted for _, _, split in mmlu) for wanted in ("test", "dev")] == [57, 57] and len(mmlu) == 114

@@ -32,6 +32,18 @@ SUBSETS = {
 }
 
 
+GENERATE = """
+task: own
+dataset_path: cais/wmdp
+dataset_name: wmdp-bio
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices[0]}}"
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
 def evaluate(root: Path, tasks: list[str], model: Any = None, **options: Any) -> dict[str, Any]:
     tokenizer = make_tokenizer()
     return Evaluation(tokenizer, tasks=tasks, data_dir=root, **options).run(model or OracleModel(tokenizer))
@@ -173,7 +185,7 @@ def test_no_questions_left_is_an_error(tmp_path: Path) -> None:
 
 def test_questions_longer_than_the_model_are_found_before_it_is_there(tmp_path: Path) -> None:
     write_wmdp(tmp_path, [question(i, 0, 0) for i in range(3)])
-    short = SimpleNamespace(max_position_embeddings=40)
+    short = SimpleNamespace(max_position_embeddings=40, vocab_size=400)
     options: dict[str, Any] = {"tasks": ["wmdp_bio"], "data_dir": tmp_path, "model_config": short}
     with pytest.raises(UserError, match="at most 40 tokens, the model's context; found 3 longer ones.*--truncate"):
         Evaluation(make_tokenizer(), **options)
@@ -207,9 +219,26 @@ def test_letters_must_be_single_tokens(tmp_path: Path) -> None:
     backend.train_from_iterator([], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
     write_wmdp(tmp_path, [question(i, 0, 0) for i in range(3)])
-    config = SimpleNamespace(max_position_embeddings=4096)
+    config = SimpleNamespace(max_position_embeddings=4096, vocab_size=400)
     with pytest.raises(UserError, match="answer letter of task wmdp_bio to be one token .*; found 2 for ' A'"):
         Evaluation(tokenizer, tasks=["wmdp_bio"], data_dir=tmp_path, model_config=config)
+
+
+def test_a_token_of_the_questions_without_a_row(tmp_path: Path) -> None:
+    """An added token beyond the model's rows was an IndexError in the first forward pass, on a GPU an assertion."""
+    write_wmdp(tmp_path, [question(0, 0, 0), question(1, 0, 0) | {"question": "an <image>"}])
+    tokenizer = make_tokenizer()
+    config = SimpleNamespace(max_position_embeddings=4096, vocab_size=len(tokenizer))
+    tokenizer.add_tokens(["<image>"])
+    said = f"expected tokens below {config.vocab_size}, .* found the token {config.vocab_size} in the evaluation's"
+    with pytest.raises(UserError, match=said):
+        Evaluation(tokenizer, tasks=["wmdp_bio"], data_dir=tmp_path, model_config=config)
+    oracle = OracleModel(make_tokenizer())
+    with pytest.raises(UserError, match=said):
+        Evaluation(tokenizer, tasks=["wmdp_bio"], data_dir=tmp_path).run(oracle)
+    (tmp_path / "own.yaml").write_text(GENERATE)
+    with pytest.raises(UserError, match=said):
+        Evaluation(tokenizer, tasks=["own"], data_dir=tmp_path, include_path=tmp_path, model_config=config)
 
 
 @pytest.mark.parametrize("value", [0, -3])
@@ -231,8 +260,8 @@ def test_tokenizer_that_appends_an_end_token_measures_the_same(tmp_path: Path, b
         weight = torch.zeros(len(tokenizer), 4)
         for answer, letter in enumerate("ABCD"):
             weight[tokenizer.encode(f" {letter}", add_special_tokens=False)[0], answer] = 5.0
-        oracle.lm_head.weight.data = weight
-        config = SimpleNamespace(max_position_embeddings=4096)
+        oracle.lm_head.weight.data, oracle.config.vocab_size = weight, len(tokenizer)
+        config = SimpleNamespace(max_position_embeddings=4096, vocab_size=400)
         evaluation = Evaluation(tokenizer, tasks=["wmdp_bio"], data_dir=tmp_path, model_config=config)
         found.append(evaluation.run(oracle)["samples"])
     assert found[0] == found[1] and sum(sample["acc"] for sample in found[1]["wmdp_bio"]) == 19
@@ -247,7 +276,7 @@ def test_answers_that_are_the_same_tokens_are_refused(tmp_path: Path) -> None:
     backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", unk_token="[UNK]")
-    config = SimpleNamespace(max_position_embeddings=4096)
+    config = SimpleNamespace(max_position_embeddings=4096, vocab_size=400)
     write_wmdp(tmp_path, [question(i, 0, 0) for i in range(3)])
     with pytest.raises(
         UserError, match="question 0 of task wmdp_bio to differ in their tokens; found the same for ' A' and ' B'"

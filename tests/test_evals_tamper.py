@@ -16,13 +16,14 @@ from evals_support import question, write_questions, write_stem, write_wmdp
 
 from evals import tamper
 from evals.evaluation import Evaluation
+from evals.fetch_config import FetchConfig
 from evals.fine_tuning import AttackFlags, attack_batches
 from evals.original import original_accuracies
 from evals.overlap import contained, overlap_warnings
 from evals.summary import summarise
 from evals.tamper_config import Attack, TamperConfig
 from unlearn.checkpoint import Checkpoints
-from unlearn.config import parse_flags
+from unlearn.config import TrainConfig, parse_flags
 from unlearn.data import Corpus, read_corpus
 from unlearn.errors import UserError
 from unlearn.model import fresh_weights, load_model, load_tokenizer, save_model
@@ -103,6 +104,19 @@ def test_the_grid_is_the_product_of_its_flags() -> None:
 def test_flags_that_cannot_be_meant(flags: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         TamperConfig(**(BASE | flags))
+
+
+def test_tasks_with_commas_between_are_several() -> None:
+    """Joined names passed as one: no task had a part in the attack, and one named twice was not noticed."""
+    config = TamperConfig(**(BASE | {"eval_tasks": ("wmdp_bio,mmlu_stem", "own"), "general_tasks": ("own,mmlu_stem",)}))
+    assert config.eval_tasks == ("wmdp_bio", "mmlu_stem", "own")
+    assert config.roles() == (["wmdp_bio"], ["own", "mmlu_stem"])
+    with pytest.raises(UserError, match="every name after --eval-tasks once; found 'a' twice"):
+        TamperConfig(**(BASE | {"eval_tasks": ("a,b", "a")}))
+    assert TrainConfig(eval_tasks=("a,b", "c")).eval_tasks == ("a", "b", "c")
+    with pytest.raises(UserError, match="every name after --eval-tasks once; found 'a' twice"):
+        TrainConfig(eval_tasks=("a,b", "a"))
+    assert FetchConfig(data_dir=Path("x"), tasks=("wmdp_bio,mmlu",)).tasks == ("wmdp_bio", "mmlu")
 
 
 def test_several_values_on_the_command_line() -> None:
@@ -386,6 +400,25 @@ def test_mistakes_show_before_anything_is_written(
     with pytest.raises(UserError, match=said):
         attack(monkeypatch, [*flags, *more])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_control_with_fewer_rows_than_the_model(
+    home: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token of the corpus that the model has a row for, and the control has not, must not end the grid midway."""
+    shutil.copytree(home / "model", tmp_path / "model")
+    tokenizer = json.loads((tmp_path / "model/tokenizer.json").read_text())
+    tokenizer["added_tokens"].append(tokenizer["added_tokens"][0] | {"id": 301, "content": "<other>"})
+    (tmp_path / "model/tokenizer.json").write_text(json.dumps(tokenizer))
+    shutil.copytree(tmp_path / "model", tmp_path / "fewer")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"vocab_size": 302}))
+    (tmp_path / "x.jsonl").write_text(json.dumps({"text": "some words and <other> words"}) + "\n")
+    flags = words(home, data, tmp_path / "out", "--control", f"never-seen={tmp_path / 'fewer'}")
+    flags[flags.index("--model") + 1] = str(tmp_path / "model")
+    flags[flags.index("--corpus") + 1] = str(tmp_path / "x.jsonl")
+    with pytest.raises(UserError, match=r"expected tokens below 301, .*fewer; found the token 301 in .*x.jsonl"):
+        attack(monkeypatch, flags)
 
 
 def test_a_control_with_other_tokens(home: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

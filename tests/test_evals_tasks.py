@@ -19,9 +19,9 @@ from evals_support import (
 )
 
 from evals.evaluation import Evaluation
-from evals.local_data import sha256
 from evals.task_loader import compiled_templates, load_tasks
 from unlearn.errors import UserError
+from unlearn.files import file_hash
 
 CLOZE = """
 task: world_cloze
@@ -62,7 +62,7 @@ def test_wmdp_accuracy_and_standard_error(tmp_path: Path) -> None:
         "What is fact 3? #D\nA. it 0\nB. it 1\nC. it 2\nD. it 3\nAnswer:"
     )
     assert continuation == " C"
-    assert result["unlearn"]["data"] == {"wmdp_bio": {str(file.relative_to(tmp_path)): sha256(file)}}
+    assert result["unlearn"]["data"] == {"wmdp_bio": {str(file.relative_to(tmp_path)): file_hash(file)}}
     assert (result["unlearn"]["rows"], result["unlearn"]["requests"]) == (10, 40)
 
 
@@ -155,7 +155,7 @@ def test_a_part_of_a_split_is_not_taken_for_the_whole(tmp_path: Path, names: lis
     whole.unlink()
     for name in names:
         (whole.parent / f"test-0000{name}.parquet").write_bytes(content)
-    with pytest.raises(UserError, match=f"all parts of one split .* test-0000{sorted(names)[0]}.parquet"):
+    with pytest.raises(UserError, match=f"one file or all parts of one split .* test-0000{sorted(names)[0]}.parquet"):
         evaluate(tmp_path, ["wmdp_bio"])
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_lens, tiny_model, tiny_tokenizer
@@ -17,9 +18,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from unlearn.corpus import read_texts
 from unlearn.errors import UserError
 from unlearn.lens import TunedLens
+from unlearn.lens_readings import encode_prompts
 from unlearn.lora import add_lora, save_adapter
 from unlearn.model import empty_model, load_config, load_model, load_tokenizer, save_model
 from unlearn.model_config import check_windows
+from unlearn.model_files import Checkpoint
 
 INPUT = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
 Change = Callable[[dict[str, torch.Tensor]], None]
@@ -73,6 +76,42 @@ def test_the_single_file_comes_before_an_index(tmp_path: Path) -> None:
     index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert logits(same_as_transformers(folder)).any()
+
+
+def test_an_interrupted_download_of_a_tied_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache had the index and not all that it names: an error, before the download that would have gone on."""
+    cached = tmp_path / "models--somebody--tied"
+    folder = saved(cached / "snapshots/abc", tie_word_embeddings=True)
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text("abc")
+    whole, shard = folder / "model.safetensors", folder / "model-00001-of-00001.safetensors"
+    names = load_file(whole)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, shard.name)}))
+    whole.rename(tmp_path / shard.name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert Checkpoint.at_hand("somebody/tied") is None
+    with pytest.raises(UserError, match=f"expected the file {shard.name} in .*abc, as its index says"):
+        Checkpoint.at_hand(str(folder))  # nobody will complete a local folder
+    (tmp_path / shard.name).rename(shard)
+    found = Checkpoint.at_hand("somebody/tied")
+    assert found is not None and found.paths() == [shard]
+
+
+def test_files_that_are_damaged_between_two_looks(tmp_path: Path) -> None:
+    """Comparing the two matrices of a tied model ended in a traceback where a file was cut short meanwhile."""
+
+    def twice(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    rewrite(saved(tmp_path, tie_word_embeddings=True), twice)
+    checkpoint = Checkpoint.open(str(tmp_path))
+    assert checkpoint.same("lm_head.weight", "model.embed_tokens.weight")
+    for content in (b"junk", None):
+        (tmp_path / "model.safetensors").unlink()
+        if content is not None:
+            (tmp_path / "model.safetensors").write_bytes(content)
+        with pytest.raises(UserError, match="expected a readable model in"):
+            checkpoint.same("lm_head.weight", "model.embed_tokens.weight")
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -193,6 +232,26 @@ def test_a_tokenizer_larger_than_the_vocabulary(tmp_path: Path) -> None:
     saved(tmp_path, vocab_size=250)
     with pytest.raises(UserError, match="expected a tokenizer of at most 250 tokens .* of number 300"):
         load_tokenizer(str(tmp_path))
+
+
+def test_added_tokens_without_a_row(tmp_path: Path) -> None:
+    """Sound models whose tokenizer has added or special tokens that no text comes to were refused: Gemma 3's image
+    token, CodeLlama's infilling tokens, Llama 2 with a <pad>."""
+    folder = saved(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<image>"])
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(folder)
+    tokenizer = load_tokenizer(str(folder))
+    config = load_config(str(folder))
+    assert sorted(tokenizer.get_added_vocab().values())[-2:] == [301, 302] and config.vocab_size == 301
+    windows = [np.array(tokenizer(text)["input_ids"], dtype=np.int32) for text in ("some words", "an <image>")]
+    check_windows(config, {"a.jsonl": windows[:1]})
+    with pytest.raises(UserError, match=r"expected tokens below 301, .* found the token 301 in b.jsonl: take it"):
+        check_windows(config, {"a.jsonl": windows[:1], "b.jsonl": windows})
+    encode_prompts(tokenizer, ["some words"], config)
+    with pytest.raises(UserError, match="found the token 302 in --prompts"):
+        encode_prompts(tokenizer, ["words <pad>"], config)
 
 
 def test_windows_longer_than_the_positions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

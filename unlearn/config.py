@@ -188,7 +188,8 @@ class TrainConfig(CorpusFlags, ResumeFlags, DeviceFlags):
     """Compile each block: faster steps, after minutes of compilation for every new length of window."""
 
     eval_tasks: tuple[str, ...] = ()
-    """lm-eval tasks to measure on the live model after the last step, e.g. wmdp_bio mmlu_stem."""
+    """lm-eval tasks to measure on the live model after the last step, e.g. wmdp_bio mmlu_stem; also with commas
+    between."""
     eval_every: int | None = flag(least=1, only=EVALUATES)
     """Optimizer steps between further evaluations, the first before step 0."""
     data_dir: str | None = flag(only=EVALUATES)
@@ -203,6 +204,7 @@ class TrainConfig(CorpusFlags, ResumeFlags, DeviceFlags):
     """Optimizer steps between lines of metrics.jsonl."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "eval_tasks", tuple(split_names(self.eval_tasks)))
         check_once("--eval-tasks", self.eval_tasks)
         if self.limit is not None and self.eval_subsample is not None:
             raise UserError("--limit has no effect beside --eval-subsample: give one of them")
@@ -283,6 +285,11 @@ def config_of(method: str, base: type[TrainConfig] = TrainConfig) -> type[TrainC
 def configure(method: str = "lens", **flags: Any) -> TrainConfig:
     """The configuration of a run by keyword; see `config_of`."""
     return config_of(method)(**flags)
+
+
+def split_names(names: Sequence[str]) -> list[str]:
+    """The names in `names`, some of which may be joined with commas as lm-eval's command line wants them."""
+    return [name for word in names for name in word.split(",") if name]
 
 
 def check_once(flag: str, names: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from unlearn.corpus_files import Part, read_parts
 from unlearn.errors import UserError
 
 JOINED = ("title", "abstract", "text")
-Column = Callable[[str], str]  # a column's name -> the string that a row has there, empty where it has none
+Column = Callable[[str], str | None]  # a column's name -> the string that a row has there, None where it has none
 Compose = Callable[[Column], str]  # a row -> the text of its document
 
 
@@ -38,34 +38,39 @@ class Texts:
         raise IndexError(index)
 
 
-def read_texts(source: str, *, column: str | None = None, template: str | None = None) -> Texts:
+def read_texts(
+    source: str, *, column: str | None = None, template: str | None = None, column_flag: str = "--column"
+) -> Texts:
     """Read the text of every document of a corpus.
 
     Args:
-        source, column, template: as `data.read_corpus` has them.
+        source, column, template, column_flag: as `data.read_corpus` has them.
 
     Raises:
         UserError: nothing there, not readable, no such column, or a value that is no text.
     """
     parts = read_parts(source)
     wanted, compose = _choice(source, parts, column, template)
+    remedy = "give a column of strings, or a template over some"
+    if column is None and template is None:
+        remedy = f"name the column of strings that counts, as in `{column_flag} text`, or give a template over some"
     texts: list[str] = []
     counts: list[tuple[Part, int]] = []
     for part in parts:
         before = len(texts)
-        texts += _part_texts(part, [name for name in wanted if name in part.columns], compose)
+        texts += _part_texts(part, [name for name in wanted if name in part.columns], compose, remedy)
         counts.append((part, len(texts) - before))
     return Texts(texts, counts)
 
 
-def _part_texts(part: Part, names: Sequence[str], compose: Compose) -> Iterable[str]:
+def _part_texts(part: Part, names: Sequence[str], compose: Compose, remedy: str) -> Iterable[str]:
     for name in names:
         if part.columns.count(name) > 1:
             raise UserError(
                 f"expected one column {name!r} in {part.name}; found {part.columns.count(name)}: rename one"
             )
     for index, row in enumerate(part.read(names)):
-        yield compose(partial(_string, part, index, dict(zip(names, row, strict=True))))
+        yield compose(partial(_string, part, index, dict(zip(names, row, strict=True)), remedy))
 
 
 def _choice(
@@ -74,13 +79,13 @@ def _choice(
     """The columns to read, and how a document is made of them."""
     if template is not None:
         names = _template_columns(template, parts, source)
-        return names, lambda of: _substitute(template, {name: of(name) for name in names})
+        return names, lambda of: _substitute(template, {name: of(name) or "" for name in names})
     if column is not None:
         _need(parts, column)
-        return [column], lambda of: of(column)
+        return [column], lambda of: of(column) or ""
     if not any("text" in part.columns for part in parts):
         _need(parts, "page")
-        return ["page"], lambda of: of("page")
+        return ["page"], lambda of: of("page") or ""
     for part in parts:
         if "page" not in part.columns:
             _need([part], "text")
@@ -89,7 +94,9 @@ def _choice(
 
 
 def _joined(of: Column) -> str:
-    body = of("text") or of("page")  # a page beside a text may be its number
+    body = of("text")
+    if body is None:  # a page beside a text, even an empty one, may be its number
+        body = of("page")
     return "\n\n".join(text for text in (of("title"), of("abstract"), body) if text)
 
 
@@ -126,15 +133,15 @@ def _substitute(template: str, row: dict[str, str]) -> str:
     return "".join(literal + (row[name] if name is not None else "") for literal, name, _, _ in pieces)
 
 
-def _string(part: Part, index: int, values: dict[str, Any], name: str) -> str:
+def _string(part: Part, index: int, values: dict[str, Any], remedy: str, name: str) -> str | None:
     """What one row of `part` has in the column `name`, without the spaces around it."""
     value = values.get(name)
     if value is None:
-        return ""
+        return None
     if not isinstance(value, str):
         raise UserError(
             f"expected text in the column {name!r} of {part.name}; found a {type(value).__name__} "
-            f"({_short(repr(value))}) in {part.place(index)}: give a column of strings, or a template over some"
+            f"({_short(repr(value))}) in {part.place(index)}: {remedy}"
         )
     if not value.isascii():
         try:

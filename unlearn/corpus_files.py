@@ -18,12 +18,13 @@ import pyarrow.parquet
 from datasets.exceptions import DatasetNotFoundError
 
 from unlearn.errors import UserError
-from unlearn.files import check_file, hub_error, is_hub_name, kind_of
+from unlearn.files import check_file, hub_error, is_hub_name, kind_of, unique_keys
 
 KINDS = (".jsonl", ".json", ".parquet", ".csv", ".txt")
 IN_FOLDERS = (".jsonl", ".parquet")  # what a folder of files may consist of
 PACKED = (".gz", ".zst")
-SHARD = re.compile(r"^(.*)-(\d+)-of-(\d+)\.")
+SHARD = re.compile(r"^(.*)-(\d+)-of-(\d+)(?:-[0-9a-f]+)?\.")  # older ones of the hub have a hash behind
+SPLIT = re.compile(r"^(train|validation|valid|val|dev|test)(?:[-_.]?\d+)?\.", re.IGNORECASE)
 SAVED = ("state.json", "dataset_dict.json")  # one of them is in a folder that `datasets` saved
 ROWS = 1000  # of a table that are Python's objects at once
 
@@ -99,20 +100,21 @@ def _folder(folder: Path) -> list[Part]:
 
 def _one_set(folder: Path, files: list[Path]) -> list[Path]:
     """The files, or of several splits those of `train`; `UserError` unless of a set in numbered parts all are there."""
-    named = {file: match for file in files if (match := SHARD.match(file.name))}
+    shards = {file: match for file in files if (match := SHARD.match(file.name))}
+    named = shards or {file: match for file in files if (match := SPLIT.match(file.name))}
     if not named:
         return files
-    splits = {match[1] for match in named.values()}
+    splits = {match[1].lower() for match in named.values()}
     split = "train" if "train" in splits else next(iter(splits))
-    chosen = {file: match for file, match in named.items() if match[1] == split}
-    counts, numbers = {int(match[3]) for match in chosen.values()}, {int(match[2]) for match in chosen.values()}
-    ambiguous = len(named) < len(files) or (len(splits) > 1 and split != "train")
-    if ambiguous or counts != {len(chosen)} or len(numbers) < len(chosen):
+    chosen = [file for file, match in named.items() if match[1].lower() == split]
+    numbered = sorted((int(shards[file][3]), int(shards[file][2])) for file in chosen if file in shards)
+    whole = not numbered or ({count for count, _ in numbered} == {len(chosen)} and len(set(numbered)) == len(chosen))
+    if len(named) < len(files) or (len(splits) > 1 and split != "train") or not whole:
         raise UserError(
             f"expected all files of one set in {folder}; found {', '.join(file.name for file in files[:6])}: fetch "
             "what is missing, or give the file that is meant"
         )
-    return list(chosen)
+    return chosen
 
 
 def _saved(folder: Path) -> datasets.Dataset:
@@ -234,21 +236,12 @@ def _json(path: Path, stream: BinaryIO) -> Part:
 
 def _parsed(text: str, path: Path, place: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"expected JSON in {path}; found a damaged piece in {place} ({error}): mend or remove it, or fetch the "
             "file again"
         ) from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} twice in one object")
-    return found
 
 
 def _csv(path: Path, stream: BinaryIO) -> Part:

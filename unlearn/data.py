@@ -113,6 +113,7 @@ def read_corpus(
     seq_len: int,
     column: str | None = None,
     template: str | None = None,
+    column_flag: str = "--column",
 ) -> Corpus:
     """Read and tokenise a corpus. Documents of a single token, which have nothing to predict, are left out and counted.
 
@@ -122,13 +123,14 @@ def read_corpus(
             split `train` is read.
         seq_len: the longest window, in tokens.
         column, template: which text of a row counts (see `config.TrainConfig`).
+        column_flag: what the command calls `column` of this corpus, for messages.
 
     Raises:
         UserError: nothing there, not readable, no such column, something else than text, or no document with two
             tokens.
     """
     with main_first():
-        found = read_texts(source, column=column, template=template)
+        found = read_texts(source, column=column, template=template, column_flag=column_flag)
         if not any(found.texts):
             raise UserError(f"expected text in {source}; found none: choose another corpus or column")
         tokens = tokenise(found.texts, tokenizer, source)

@@ -90,6 +90,16 @@ def check_file(file: Path, what: str) -> None:
         )
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An `object_pairs_hook` for JSON that raises `ValueError` for a key that is there twice: the last would win."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} twice in one object")
+    return found
+
+
 def no_right(path: Path | str, what: str) -> UserError:
     """One sentence for a `what` that belongs to another user."""
     return UserError(

@@ -132,7 +132,14 @@ def _read(config: FitLensConfig) -> tuple[list[Corpus], dict[str, str]]:
     """The corpora, and digests of what is read."""
     tokenizer = load_tokenizer(config.model, revision=config.revision)
     corpora = {
-        which: read_corpus(name, tokenizer, seq_len=config.seq_len, column=column, template=template)
+        which: read_corpus(
+            name,
+            tokenizer,
+            seq_len=config.seq_len,
+            column=column,
+            template=template,
+            column_flag=f"--{which}-column",
+        )
         for which, name, column, template in (
             ("forget", config.forget, config.forget_column, config.forget_template),
             ("retain", config.retain, config.retain_column, config.retain_template),

@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from unlearn.device import choose_device
 from unlearn.errors import UserError
 from unlearn.files import write_json
 from unlearn.lens import TunedLens
 from unlearn.model import load_model, load_tokenizer, residual_streams
+from unlearn.model_config import check_rows, largest_tokens
 from unlearn.precision import DTYPES
 
 LONGEST = 32  # tokens of a text that are read: as many columns as a page can show
@@ -65,12 +66,21 @@ def read_prompts(
     Returns:
         for each prompt {"tokens": the read ones as text, "total_tokens", `stage`: what `read_layers` returns}.
     """
-    texts = [tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts]
+    texts = encode_prompts(tokenizer, prompts, model.config)
     return [
         {"tokens": [tokenizer.decode([token]) for token in text[:LONGEST]], "total_tokens": len(text)}
         | {stage: read_layers(model, lens, tokenizer, text[:LONGEST], autocast)}
         for text in texts
     ]
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], config: PretrainedConfig
+) -> list[list[int]]:
+    """Token ids of every prompt; `UserError` if the model of this configuration has no row for one that is read."""
+    texts: list[list[int]] = [tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts]
+    check_rows(config, largest_tokens({"--prompts": [text[:LONGEST] for text in texts]}))
+    return texts
 
 
 def write_stage(folder: Path, lens: TunedLens, name: str, prompts: list[dict[str, Any]], stage: Stage) -> None:

@@ -1,10 +1,11 @@
 """What a model's folder says about it: configuration and tokenizer, read by transformers, and checked."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -13,6 +14,8 @@ from unlearn.errors import UserError
 from unlearn.files import hub_error, local_folder
 
 DEEPEST = 1000  # blocks: nobody's model is near it, and building one takes for ever
+
+Tokens = Sequence[int] | np.ndarray
 
 # What transformers raises for numbers and names in config.json of which it cannot make a model.
 UNBUILDABLE = (KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError, StrictDataclassError)
@@ -111,7 +114,7 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedToken
     """Read a model's tokenizer from a local folder or the hub.
 
     Raises:
-        UserError: there is none, it is damaged, or has tokens that the model has no row for.
+        UserError: there is none, it is damaged, or has words that the model has no row for.
     """
     config = load_config(path, revision=revision)
     source = local_folder(path, "model", "config.json")
@@ -133,11 +136,16 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedToken
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, path: str) -> None:
-    """Raise unless there are tokens for text, and a row of the embedding for each."""
+    """Raise unless there are tokens for text, and a row of the embedding for each.
+
+    Added and special tokens may be without one: sound models have some that no text comes to. `check_rows` looks at
+    what is encoded.
+    """
     vocabulary = tokenizer.get_vocab()
-    if not vocabulary.keys() - set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens):
+    ordinary = vocabulary.keys() - set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens)
+    if not ordinary:
         raise _no_tokenizer(path)  # transformers makes an empty one where it finds no files
-    largest = max(vocabulary, key=lambda token: vocabulary[token])
+    largest = max(ordinary, key=lambda token: vocabulary[token])
     if vocabulary[largest] >= config.vocab_size:
         raise UserError(
             f"expected a tokenizer of at most {config.vocab_size} tokens in {path}, the rows of the model's embedding; "
@@ -164,14 +172,39 @@ def plain_exceptions(expected: str, remedy: str) -> Iterator[None]:
         raise UserError(f"{expected}; found {str(error)!r}: {remedy}") from error
 
 
-def check_windows(config: PretrainedConfig, windows: Mapping[str, Iterable[Sized]]) -> None:
-    """Raise if a window of tokens is longer than the positions that a model has learned.
+def check_rows(config: PretrainedConfig, largest: Mapping[str, int]) -> None:
+    """Raise if a token that is to be read has no row in a model's embedding: on a GPU that is an assertion's failure.
+
+    Args:
+        largest: the largest token of each corpus, or other texts, by their name.
+    """
+    for name, token in largest.items():
+        if token >= config.vocab_size:
+            raise UserError(
+                f"expected tokens below {config.vocab_size}, the rows of the embedding of "
+                f"{getattr(config, '_name_or_path', '') or 'the model'}; found the token {token} in {name}: take it "
+                "out of the text, use the model's own tokenizer, or give the embedding more rows with "
+                "`resize_token_embeddings`"
+            )
+
+
+def largest_tokens(windows: Mapping[str, Iterable[Tokens]]) -> dict[str, int]:
+    """The largest token in the windows of each corpus, for `check_rows`; 0 where there is none."""
+    return {
+        name: max((int(np.max(window)) for window in of_one if len(window)), default=0)
+        for name, of_one in windows.items()
+    }
+
+
+def check_windows(config: PretrainedConfig, windows: Mapping[str, Iterable[Tokens]]) -> None:
+    """Raise if a window has a token that a model has no row for, or is longer than the positions that it has learned.
 
     A model with rotary positions can read on; where it was not made to, that is said.
 
     Args:
         windows: of each corpus, by the corpus's name.
     """
+    check_rows(config, largest_tokens(windows))
     most = getattr(config, "max_position_embeddings", None)
     lengths = {name: max(map(len, of_one), default=0) for name, of_one in windows.items()}
     name = max(lengths, key=lambda name: lengths[name])

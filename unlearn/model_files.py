@@ -50,16 +50,17 @@ class Checkpoint:
 
     @classmethod
     def at_hand(cls, path: str, *, revision: str | None = None) -> "Checkpoint | None":
-        """The same without a download, or waiting for other ranks; None where there are no weights yet."""
+        """The same without a download, or waiting for other ranks; None where weights are still to be fetched."""
         folder = Path(path).expanduser()
-        if not folder.is_dir():
-            try:
-                folder = Path(snapshot_download(path, revision=revision, local_files_only=True))
-            except (LocalEntryNotFoundError, HFValidationError, OSError):
-                return None
-        if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
+        if folder.is_dir():
+            present = any((folder / name).is_file() for name in (SINGLE, INDEX))
+            return cls._in(folder, path) if present else None
+        try:
+            folder = Path(snapshot_download(path, revision=revision, local_files_only=True))
+        except (LocalEntryNotFoundError, HFValidationError, OSError):
             return None
-        return cls._in(folder, path)
+        # A download that was interrupted is gone on with when the weights are wanted.
+        return cls._in(folder, path) if _is_whole(folder, path) else None
 
     @classmethod
     def _in(cls, folder: Path, path: str) -> "Checkpoint":
@@ -112,17 +113,20 @@ class Checkpoint:
 
     def same(self, one: str, other: str) -> bool:
         """Whether two matrices of the files are equal, number for number."""
-        with (
-            safe_open(self.folder / self.files[one], framework="pt") as ours,
-            safe_open(self.folder / self.files[other], framework="pt") as theirs,
-        ):
-            mine, yours = ours.get_slice(one), theirs.get_slice(other)
-            if mine.get_shape() != yours.get_shape() or mine.get_dtype() != yours.get_dtype():
-                return False
-            rows, width = mine.get_shape()
-            step = max(1, READ_BYTES // (4 * max(1, width)))
-            starts = range(0, rows, step)
-            return all(torch.equal(mine[start : start + step], yours[start : start + step]) for start in starts)
+        try:
+            with (
+                safe_open(self.folder / self.files[one], framework="pt") as ours,
+                safe_open(self.folder / self.files[other], framework="pt") as theirs,
+            ):
+                mine, yours = ours.get_slice(one), theirs.get_slice(other)
+                if mine.get_shape() != yours.get_shape() or mine.get_dtype() != yours.get_dtype():
+                    return False
+                rows, width = mine.get_shape()
+                step = max(1, READ_BYTES // (4 * max(1, width)))
+                starts = range(0, rows, step)
+                return all(torch.equal(mine[start : start + step], yours[start : start + step]) for start in starts)
+        except (OSError, SafetensorError) as error:
+            raise hub_error(self.path, "model", error) from error
 
 
 def disk_key(name: str, config: PretrainedConfig) -> str:
@@ -156,6 +160,25 @@ def _weight_files(folder: Path, path: str) -> list[str]:
         found = f"{others[0]}, which transformers does not read either" if others else "none"
         remedy = "fetch the model again" if others else "convert its weights to safetensors"
         raise UserError(f"expected {SINGLE} or {INDEX} in the model folder {path}; found {found}: {remedy}")
+    names = _indexed(folder, path)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"expected the file {missing[0]} in {path}, as its index says; found {len(missing)} file(s) missing: "
+            "fetch the model again"
+        )
+    return names
+
+
+def _is_whole(folder: Path, path: str) -> bool:
+    """Whether the single file is there, or the index and all files that it names."""
+    if (folder / SINGLE).is_file():
+        return True
+    return (folder / INDEX).is_file() and all((folder / name).is_file() for name in _indexed(folder, path))
+
+
+def _indexed(folder: Path, path: str) -> list[str]:
+    """The files that the index names."""
     check_file(folder / INDEX, "model")
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
@@ -167,14 +190,7 @@ def _weight_files(folder: Path, path: str) -> list[str]:
             f"expected a weight_map from tensors to files in {folder / INDEX}; found something else: fetch the model "
             "again"
         )
-    names = sorted(set(named.values()))
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise UserError(
-            f"expected the file {missing[0]} in {path}, as its index says; found {len(missing)} file(s) missing: "
-            "fetch the model again"
-        )
-    return names
+    return sorted(set(named.values()))
 
 
 def _keys(file: Path, path: str) -> list[str]:

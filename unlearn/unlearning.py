@@ -23,7 +23,7 @@ from unlearn.data import Batches, Corpus, check_examples, read_corpus
 from unlearn.distributed import fail_together, is_main, world_size
 from unlearn.files import absolute_model, files_hash
 from unlearn.lens import TunedLens
-from unlearn.lens_readings import Stage, read_prompts, write_stage
+from unlearn.lens_readings import Stage, encode_prompts, read_prompts, write_stage
 from unlearn.lora import adapters, initial_adapters, merge_lora, save_adapter
 from unlearn.memory import Layout, Shape, available_gib, check_fits, check_rank
 from unlearn.methods.terms import Loss, Needs, Parts
@@ -92,6 +92,7 @@ def assemble(config: TrainConfig, device: torch.device) -> Unlearning:
 
     parts = method_parts(config, model, original, batches, lens, device)
     terms = method_terms(config, parts)
+    encode_prompts(tokenizer, getattr(config, "prompts", ()), model_config)  # mistakes show before the first step
     check_windows(model_config, {one.corpus.name: one.corpus.windows for one in batches.values()})
     check_apart({name: of_name.corpus for name, of_name in batches.items()})
     identity |= {f"{name} corpus": of_name.corpus.sha256() for name, of_name in batches.items()}
@@ -173,6 +174,7 @@ def _read(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, which: str) -
         tokenizer,
         seq_len=config.seq_len,
         column=getattr(config, f"{which}_column"),
+        column_flag=f"--{which}-column",
         template=getattr(config, f"{which}_template"),
     )
 
