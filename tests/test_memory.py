@@ -99,7 +99,8 @@ def allocated(config: TrainConfig) -> int:
     return peak_bytes(steps)
 
 
-@pytest.mark.parametrize("flags", [{}, pytest.param({"lora_rank": 8, "lora_dropout": 0.0}, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [{}, {"lora_rank": 8, "lora_dropout": 0.0}])
 def test_simulation_is_within_a_tenth_of_a_real_allocator(folder: str, flags: dict[str, Any]) -> None:
     config = configured(folder, dtype="fp32", shard="replicate", **flags)
     assert simulated_peak(config, Layout(1, 1)) == pytest.approx(allocated(config), rel=0.10)

@@ -21,9 +21,10 @@ from unlearn.errors import UserError
 from unlearn.methods.terms import Cost, Loss
 from unlearn.metrics import MetricsLog
 from unlearn.optim.build import linear_schedule
+from unlearn.seeding import generator
 from unlearn.trainer import gradients, train
 from unlearn.unlearning import Unlearning, build, read_lens
-from unlearn.weights import full
+from unlearn.weights import full, local_rows
 
 pytestmark = pytest.mark.usefixtures("token_cache")
 MODES = {
@@ -62,7 +63,19 @@ def prepare(home: Path, mode: str, **flags: Any) -> Unlearning:
     sizes = {"layers": (1, 3, 4), "seq_len": 24, "batch": 8, "examples": 19, "dtype": "fp32", "retain_start": 0.5}
     if "method" in MODES[mode]:
         del paths["lens"]
-    return build(configure(**(paths | sizes | MODES[mode] | flags)), torch.device("cpu"))
+    run = build(configure(**(paths | sizes | MODES[mode] | flags)), torch.device("cpu"))
+    if mode == "breakers-lora":
+        move_away(run.model)
+    return run
+
+
+def move_away(model: nn.Module) -> None:
+    """From the original, where the cosine has its greatest value, and its gradient is nothing but rounding."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rows, first = local_rows(parameter.detach())
+            noise = 0.05 * torch.randn(parameter.shape, generator=generator(0, name))
+            rows += noise[first : first + rows.shape[0]]
 
 
 def few_steps(home: Path, mode: str, flags: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
@@ -87,7 +100,7 @@ VARIANTS = [
 def test_ranks_shards_and_accumulation_change_nothing(home: Path, mode: str) -> None:
     lines, weights = few_steps(home, mode, {"micro_batch": 8})
     assert len(lines) == 3
-    for world_size, flags in VARIANTS:
+    for world_size, flags in VARIANTS[::2]:  # the others' gradients are compared below
         results = run_ranks(world_size, few_steps, home, mode, flags)
         for other_lines, other_weights in results:
             for line, other in zip(lines, other_lines, strict=True):
@@ -152,8 +165,15 @@ def test_ranks_shards_and_accumulation_change_no_gradient(home: Path, mode: str)
             assert_same_gradients(found, expected)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "gemma2"])
-@pytest.mark.parametrize("mode", ["full-muon", "sampled-kl"])
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        ("gpt2", "sampled-kl"),
+        ("gemma2", "full-muon"),
+        pytest.param("gpt2", "full-muon", marks=pytest.mark.slow),
+        pytest.param("gemma2", "sampled-kl", marks=pytest.mark.slow),
+    ],
+)
 def test_tied_weights(kind: str, mode: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """The root of a sharded model holds them: forward passes that ended early left it gathered, and stale."""
     home = write_home(tmp_path, tokenizer, kind)

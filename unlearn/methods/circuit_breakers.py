@@ -4,6 +4,9 @@ from the original's; on retain text hold them where they were.
     F = mean over layers and tokens of relu(cos(h[l], h_original[l])),   R = mean of |h[l] - h_original[l]|
     loss = remove_coef (1 - s / 2) F + retain_coef s R
 
+Before the first step the model is the original: the cosine is 1, its greatest value, and its gradient is rounding.
+Which way the streams turn first is chance: two runs that add in another order part from the first step on.
+
 Shapes: N real tokens of a micro-batch, D hidden size.
 """
 
