@@ -134,6 +134,7 @@ def test_exported_adapter_loads_in_peft(home: Path, trained: Path) -> None:
         torch.testing.assert_close(theirs(INPUT).logits, exported(INPUT).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_ranks_export_the_same_model(home: Path, trained: Path, tmp_path: Path) -> None:
     result = run("train.py", *flags(home, tmp_path / "two"), ranks=2)
     assert result.returncode == 0, result.stderr
@@ -186,7 +187,7 @@ def test_a_lens_that_learnt_nothing_is_the_logit_lens(home: Path, tmp_path: Path
     assert report["logit_lens"] == report["tuned_lens"] and report["logit_lens"][0]["kl"] > 0.0
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_attack(home: Path, data: Path, tmp_path: Path, ranks: int) -> None:
     sizes = "--batch 4 --examples 10 --seq-len 24 --eval-every 2 --eval-tasks wmdp_bio --lr 1e-3 --dtype fp32".split()
     words = ["evals/tamper.py", "--model", home / "model", "--corpus", home / "forget.jsonl", "--data-dir", data]

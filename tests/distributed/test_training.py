@@ -96,7 +96,10 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("mode", MODES)
+LATER = ("sampled-kl", "lora-adamw")  # whose gradients are compared below, and whose optimizer others share
+
+
+@pytest.mark.parametrize("mode", [pytest.param(m, marks=pytest.mark.slow if m in LATER else ()) for m in MODES])
 def test_ranks_shards_and_accumulation_change_nothing(home: Path, mode: str) -> None:
     lines, weights = few_steps(home, mode, {"micro_batch": 8})
     assert len(lines) == 3
@@ -168,7 +171,7 @@ def test_ranks_shards_and_accumulation_change_no_gradient(home: Path, mode: str)
 @pytest.mark.parametrize(
     ("kind", "mode"),
     [
-        ("gpt2", "sampled-kl"),
+        pytest.param("gpt2", "sampled-kl", marks=pytest.mark.slow),
         ("gemma2", "full-muon"),
         pytest.param("gpt2", "full-muon", marks=pytest.mark.slow),
         pytest.param("gemma2", "sampled-kl", marks=pytest.mark.slow),
