@@ -63,7 +63,9 @@ def test_floor_is_one_and_entropy_is_exact() -> None:
     torch.testing.assert_close(entropy, torch.full((9,), math.log(301)))
     _, entropy = uniform_per_token(hidden, matrix, chunk=4)
     expected = torch.distributions.Categorical(logits=naive_logits(hidden, matrix, None)).entropy()
-    torch.testing.assert_close(entropy, expected.float(), **TOLERANCE)
+    # a sum over the vocabulary, in float32 and in whatever order the processor's vectors have it
+    rounding = 301 * torch.finfo(torch.float32).eps
+    torch.testing.assert_close(entropy, expected.float(), rtol=rounding, atol=rounding)
 
 
 def test_no_token_is_an_error() -> None:

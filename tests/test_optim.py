@@ -71,14 +71,15 @@ def test_muon_equals_torch_to_the_bit(nesterov: bool, adjust_lr: str) -> None:
 
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_muon_equals_torch_to_the_bit_in_bfloat16(nesterov: bool) -> None:
-    """But for what torch rounds twice: the elements after the last whole vector of 64, and all of a tall matrix, whose
-    update it leaves transposed."""
+    """But for what torch rounds twice: the elements after the last whole vector of 64, all of a tall matrix, whose
+    update it leaves transposed, and everything on a processor without vectors."""
     generator = torch.Generator().manual_seed(0)
     for shape in SHAPES:
         weight = nn.Parameter(torch.randn(shape, generator=generator).bfloat16())
         twin, momentum = weight.detach().clone(), torch.zeros(shape, dtype=torch.bfloat16)
         mine = Muon([("w", weight)], lr=0.02, momentum=0.9, nesterov=nesterov, weight_decay=0.1, method="quintic")
-        whole = weight.numel() // 64 * 64
+        vectors = torch.backends.cpu.get_cpu_capability() != "DEFAULT"  # where there are none, torch rounds twice
+        whole = weight.numel() // 64 * 64 if vectors else 0
         for _ in range(5):
             weight.grad = torch.randn(shape, generator=generator).bfloat16()
             torch_step(twin, weight.grad, momentum, nesterov, 0.02, 0.9, 0.1, "match_rms_adamw")

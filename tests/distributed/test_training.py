@@ -85,6 +85,14 @@ def few_steps(home: Path, mode: str, flags: dict[str, Any]) -> tuple[list[dict[s
     return log.lines, {name: full(p.detach()).clone() for name, p in run.model.named_parameters() if p.requires_grad}
 
 
+def meant(name: str, tensor: Tensor) -> Tensor:
+    """Without a key's bias, which attention does not depend on: its gradient is rounding, and so is what Adam makes of
+    it."""
+    if not name.endswith("query_key_value.bias"):
+        return tensor
+    return tensor.view(4, 3, -1)[:, [0, 2]]  # [heads, (q, k, v), head size]
+
+
 VARIANTS = [
     (1, {"micro_batch": 2, "shard": "full"}),
     (1, {"micro_tokens": 70}),
@@ -117,8 +125,8 @@ def test_ranks_shards_and_accumulation_change_nothing(home: Path, mode: str) -> 
             for name, weight in weights.items():
                 # Adam's first steps are +-lr whatever the gradient's size, and Muon rounds to bfloat16: a coordinate
                 # whose gradient is rounding noise may go either way, so the bound is on the tensor's norm
-                difference = (other_weights[name] - weight).norm()
-                assert difference <= BOUNDS.get(mode, 4e-3) * weight.norm(), (world_size, flags, name)
+                difference = meant(name, other_weights[name] - weight).norm()
+                assert difference <= BOUNDS.get(mode, 4e-3) * meant(name, weight).norm(), (world_size, flags, name)
         first = results[0][1]
         for _, other_weights in results[1:]:
             assert all(torch.equal(other_weights[name], weight) for name, weight in first.items()), "ranks differ"
@@ -136,7 +144,7 @@ def test_twenty_steps_end_together(home: Path, mode: str) -> None:
     ):
         assert other_lines[-1]["loss"] == pytest.approx(lines[-1]["loss"], rel=BOUNDS[mode])
         for name, weight in weights.items():
-            assert (other_weights[name] - weight).norm() < BOUNDS[mode] * weight.norm(), name
+            assert meant(name, other_weights[name] - weight).norm() < BOUNDS[mode] * meant(name, weight).norm(), name
 
 
 def gradients_of(home: Path, mode: str, flags: dict[str, Any]) -> list[dict[str, Tensor]]:
