@@ -18,7 +18,7 @@ from evals.evaluation import Evaluation
 from evals.summary import summarise
 from evals.tamper_config import Attack, Data, Schedule, Subject, TamperConfig
 from unlearn.attempt import Attempt
-from unlearn.building import master_dtype, trained_model
+from unlearn.building import precision, trained_model
 from unlearn.config import ResumeFlags
 from unlearn.data import Batches, Corpus, check_examples
 from unlearn.distributed import TIMEOUT, fail_together, is_main, set_timeout
@@ -30,7 +30,6 @@ from unlearn.methods.terms import Loss, Term
 from unlearn.metrics import MetricsLog
 from unlearn.model import fresh_weights, save_model
 from unlearn.optim.build import build_optimizers, make_schedule
-from unlearn.precision import DTYPES, autocast
 from unlearn.seeding import generator
 from unlearn.trainer import train
 from unlearn.weights import Checkpoint, fill, shared_folder
@@ -178,14 +177,13 @@ def attack_model(
     """
     set_timeout(TIMEOUT)  # an attack before this one has shortened it for its steps
     model = _load(flags, mesh, this.device)
-    compute = DTYPES[flags.dtype]
-    precision = autocast(master_dtype(flags) if mesh is None else compute, compute, this.device)
+    computing = precision(flags, mesh, this.device)
     optimizers = build_optimizers(model, optimizer="adamw", adam_lr=flags.lr)
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     this.claim(identity, optimizers, size if export is not None else 0)
     if is_main():
         print(_description(flags, batches), flush=True)
-    course = _Course(evaluation, model, batches, precision, flags)
+    course = _Course(evaluation, model, batches, computing, flags)
     with MetricsLog(this.folder / "metrics.jsonl", batches.steps, f"attacking {flags.subject}") as log:
         checkpoints = this.checkpoints(model, optimizers, log, batches.steps, lambda: {"points": course.points})
         progress = checkpoints.resume()
@@ -194,7 +192,7 @@ def attack_model(
         try:
             train(
                 model,
-                Loss([Term("text", batches, prediction(model))], precision),
+                Loss([Term("text", batches, prediction(model))], computing),
                 optimizers,
                 steps=batches.steps,
                 schedule=make_schedule(flags.schedule, batches.steps, flags.warmup_ratio),

@@ -73,9 +73,7 @@ def train(
             set_learning_rates(list(optimizers.values()), schedule(step))
             _update(optimizers.values(), norm.device)
             if step % log_every == 0 or step == steps - 1:
-                line = {"step": step} | summed(metrics, norm.device)
-                weighted = zip(loss.terms, loss.weights(step, steps), strict=True)
-                line |= {f"{term.name}_weight": weight for term, weight in weighted}
+                line = {"step": step} | summed(metrics, norm.device) | _weights(loss, step, steps)
                 line["gradient_norm"] = norm.item()
                 line |= {f"{name}_lr": built.param_groups[0]["lr"] for name, built in optimizers.items()}
                 line["tokens_per_second"] = line.pop("tokens", 0.0) / (time.monotonic() - started)
@@ -86,6 +84,12 @@ def train(
             if checkpoints is not None:
                 checkpoints.after(step + 1)
     model.eval()
+
+
+def _weights(loss: Loss, step: int, steps: int) -> dict[str, float]:
+    """The weight of each term at a step, as it is logged."""
+    pairs = zip(loss.terms, loss.weights(step, steps), strict=True)
+    return {f"{term.name}_weight": weight for term, weight in pairs}
 
 
 def _update(optimizers: Iterable[Optimizer], device: torch.device) -> None:
