@@ -17,9 +17,9 @@ from unittest import mock
 import torch
 from torch import nn
 
-from unlearn.checkpoint import Checkpoints
-from unlearn.metrics import MetricsLog
-from unlearn.stopping import StopSignals
+from unlearn.run.checkpoint import Checkpoints
+from unlearn.run.log import MetricsLog
+from unlearn.run.stopping import StopSignals
 
 WIDTH, STEPS = 1024, 40
 WAYS = {"no save": None, "written while steps go on": 1 << 60, "written while ranks wait": 0}
@@ -63,7 +63,7 @@ def main() -> None:
                     checkpoints = Checkpoints(
                         run, model, {"adamw": optimizer}, log, steps=2**30, every=STEPS, keep=1, stop=stop
                     )
-                    with mock.patch("unlearn.saving.host_memory_left", return_value=room or 0):
+                    with mock.patch("unlearn.run.saving.host_memory_left", return_value=room or 0):
                         pause, total = steps(model, checkpoints, room is not None)
                     shutil.rmtree(run, ignore_errors=True)
                     pauses[way].append(pause)

@@ -32,9 +32,9 @@ from lm_eval.tasks import TaskManager
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from evals.evaluation import Evaluation
-from evals.lm import LiveModel
-from evals.task_loader import compiled_templates, load_tasks
-from evals.task_search import LM_EVAL_TASKS
+from evals.harness.lm import LiveModel
+from evals.harness.task_loader import compiled_templates, load_tasks
+from evals.harness.task_search import LM_EVAL_TASKS
 from unlearn.model import load_tokenizer
 from unlearn.world.build import WEIGHTS, write_world
 

@@ -22,10 +22,10 @@ import torch
 from step import TRUE
 from torch import Tensor
 
+from unlearn.batches import Rows
 from unlearn.blank import needs_of
 from unlearn.building import method_terms, original_model
 from unlearn.config import TrainConfig, configure
-from unlearn.data import Rows
 from unlearn.losses import kl_divergence
 from unlearn.memory import GIB, Layout, Shape, peak_gib
 from unlearn.methods import lens as lens_method

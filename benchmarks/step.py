@@ -4,7 +4,7 @@
     python benchmarks/step.py --true-shape          # GPT-NeoX 6.9 B, random weights, on one GPU of 140 GB
 
 Weights, lens and text are random: what is measured is the run's own code on full windows. On a GPU the rate is given
-as a share of its dense bf16 peak (H100/H200/GH200: 989 TFLOP/s), and the last row's step is profiled.
+as a share of its dense bf16 peak (H100/H200/GH200: 989 TFLOP/s); `--profile` lists what takes a LoRA step's time there.
 """
 
 import argparse
@@ -54,8 +54,17 @@ SMALL = NEOX | {
 ROWS: dict[str, dict[str, Any]] = {
     "LoRA r16, AdamW, 1 window": {"lora_rank": 16, "micro_batch": 1},
     "LoRA r16, AdamW, 4 windows": {"lora_rank": 16, "micro_batch": 4},
+    "LoRA r16, 4, no dropout": {"lora_rank": 16, "micro_batch": 4, "lora_dropout": 0.0},
+    "LoRA r16, 4, all kept": {"lora_rank": 16, "micro_batch": 4, "checkpoint_activations": False},
     "full, Muon, 1 window": {"optimizer": "muon", "micro_batch": 1, "shard": "full"},
     "full, Muon, 4 windows": {"optimizer": "muon", "micro_batch": 4, "shard": "full"},
+    "full, Muon, 1, all kept": {
+        "optimizer": "muon",
+        "micro_batch": 1,
+        "shard": "full",
+        "checkpoint_activations": False,
+    },
+    "full, Muon, 4, compiled": {"optimizer": "muon", "micro_batch": 4, "shard": "full", "compile_blocks": True},
     "full, AdamW, 1 window": {"micro_batch": 1, "shard": "full"},
 }
 
@@ -65,6 +74,7 @@ def main() -> None:
     parser.add_argument("--true-shape", action="store_true")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--profile", action="store_true", help="on a GPU, also list what takes a LoRA step's time")
     arguments = parser.parse_args()
     shape = TRUE if arguments.true_shape else SMALL
     print(f"{'':30}{'tokens/s':>10}{'TFLOP/s':>9}{'share':>7}{'s/step':>8}{'planned':>9}{'measured GiB':>13}")
@@ -74,7 +84,7 @@ def main() -> None:
             if arguments.only in name:
                 config = configured(folder, shape, flags, device)
                 print(f"{name:30}{measure(config, device, arguments.steps)}", flush=True)
-        if device.type == "cuda":
+        if arguments.profile and device.type == "cuda":
             profile_step(configured(folder, shape, ROWS["LoRA r16, AdamW, 4 windows"], device), device)
 
 
@@ -158,10 +168,10 @@ def profile_step(config: TrainConfig, device: torch.device) -> None:
     _clear(device)
     run = Run(config, device)
     run.step()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
         run.step()
         _wait(device)
-    print(trace.key_averages().table(sort_by="self_cuda_time_total", row_limit=20, max_name_column_width=60))
+    print(trace.key_averages().table(sort_by="self_cuda_time_total", row_limit=16, max_name_column_width=60))
 
 
 def _clear(device: torch.device) -> None:

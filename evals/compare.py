@@ -16,7 +16,7 @@ from unlearn.errors import run_command
 
 def main() -> None:
     config = parse_flags(CompareConfig)
-    from evals.paired import compare, read_record, rounding_warning, table
+    from evals.judge.paired import compare, read_record, rounding_warning, table
 
     base, new = read_record(config.base), read_record(config.new)
     compared = compare(base, new, margin=config.margin)

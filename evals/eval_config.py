@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-from evals.targets import parse_pools, parse_target
+from evals.judge.targets import parse_pools, parse_target
 from unlearn.config import DeviceFlags
 from unlearn.errors import UserError
 

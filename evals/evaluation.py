@@ -14,15 +14,15 @@ from lm_eval.evaluator import evaluate
 from lm_eval.utils import hash_string, sanitize_model_name
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from evals.answer_tokens import check_answer_tokens
-from evals.answers import Answers, collect, debias_small, prompt_id
-from evals.chat import chat_template
-from evals.lm import QUESTIONS, LiveModel, context_length
+from evals.harness.answer_tokens import check_answer_tokens
+from evals.harness.chat import chat_template
+from evals.harness.lm import QUESTIONS, LiveModel, context_length
+from evals.harness.question_task import QuestionTask
+from evals.harness.requests import Planner
+from evals.harness.task_loader import compiled_templates, load_tasks
+from evals.judge.answers import Answers, collect, debias_small, prompt_id
+from evals.judge.summary import group_pools, summarise
 from evals.output import write_result
-from evals.plan import Planner
-from evals.question_task import QuestionTask
-from evals.summary import group_pools, summarise
-from evals.task_loader import compiled_templates, load_tasks
 from unlearn.device import choose_device
 from unlearn.distributed import is_main, main_first, world_size
 from unlearn.errors import UserError

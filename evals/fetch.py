@@ -50,7 +50,7 @@ def download(config: FetchConfig) -> None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    from evals.task_loader import question_sources
+    from evals.harness.task_loader import question_sources
     from unlearn.files import write_json, writing
 
     with writing(config.data_dir):
@@ -119,8 +119,8 @@ def _noted(folder: Path) -> dict[str, str]:
 
 def _digests(config: FetchConfig) -> dict[str, str]:
     """The SHA-256 of each file with questions, or with examples that --num-fewshot may ask for."""
-    from evals.local_data import LocalData
-    from evals.task_loader import question_sources
+    from evals.harness.local_data import LocalData
+    from evals.harness.task_loader import question_sources
 
     found = {file: digest for task in _load(config).values() for file, digest in task.provenance.items()}
     local = LocalData(config.data_dir)
@@ -139,7 +139,7 @@ def _counts(config: FetchConfig) -> Iterable[tuple[str, int, int]]:
 
 
 def _load(config: FetchConfig, names: tuple[str, ...] | None = None) -> dict[str, Any]:
-    from evals.task_loader import load_tasks
+    from evals.harness.task_loader import load_tasks
 
     loaded = load_tasks(names or config.tasks, data_dir=config.data_dir, include_path=config.include_path)
     tasks: dict[str, Any] = loaded["tasks"]

@@ -11,13 +11,13 @@ Any number of ranks gives the same numbers to the last bit. Without network give
 from typing import TYPE_CHECKING, Any
 
 from evals.eval_config import EvalConfig
-from unlearn.command_line import typed_command
 from unlearn.config import parse_flags
 from unlearn.errors import run_command
+from unlearn.run.command_line import typed_command
 
 if TYPE_CHECKING:
     from evals.evaluation import Evaluation
-    from evals.paired import Record
+    from evals.judge.paired import Record
 
 
 def evaluate_checkpoint(config: EvalConfig) -> None:
@@ -55,7 +55,7 @@ def evaluate_checkpoint(config: EvalConfig) -> None:
 def _prepare(config: EvalConfig) -> "Evaluation":
     """Questions, templates, tokens and the plan of the work, and every mistake in them."""
     from evals.evaluation import Evaluation
-    from evals.targets import check_targets, parse_pools, parse_target
+    from evals.judge.targets import check_targets, parse_pools, parse_target
     from unlearn.model import load_config, load_tokenizer
 
     evaluation = Evaluation(
@@ -81,7 +81,7 @@ def _prepare(config: EvalConfig) -> "Evaluation":
 
 def _baseline(config: EvalConfig, evaluation: "Evaluation") -> "Record | None":
     """The results to compare with, once it is sure that they answer the same questions."""
-    from evals.paired import check_same, read_record
+    from evals.judge.paired import check_same, read_record
 
     if config.baseline is None:
         return None
@@ -92,9 +92,9 @@ def _baseline(config: EvalConfig, evaluation: "Evaluation") -> "Record | None":
 
 def _judge(config: EvalConfig, result: dict[str, Any], base: "Record | None") -> None:
     """Add the verdict and the comparison to our key of the results."""
-    from evals.paired import Record, compare, rounding_warning
-    from evals.targets import parse_target
-    from evals.verdict import judge
+    from evals.judge.paired import Record, compare, rounding_warning
+    from evals.judge.targets import parse_target
+    from evals.judge.verdict import judge
 
     own = result["unlearn"]
     if config.target:
@@ -109,8 +109,8 @@ def _report(result: dict[str, Any]) -> str:
     """lm-eval's tables, then ours."""
     from lm_eval.utils import make_table
 
-    from evals.paired import table
-    from evals.summary import summary_table
+    from evals.judge.paired import table
+    from evals.judge.summary import summary_table
 
     own = result["unlearn"]
     parts = [make_table(result)]

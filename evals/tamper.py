@@ -1,14 +1,14 @@
 """The fine-tuning attack: does the knowledge come back, and how fast?
 
-    python evals/tamper.py --model runs/NAME/model --corpus attack.jsonl --output runs/NAME-attack
-    torchrun --nproc_per_node 4 evals/tamper.py --model runs/NAME/model --corpus attack.jsonl --output runs/NAME-attack
-    python evals/tamper.py --model runs/NAME/model --corpus attack.jsonl --benign-corpus benign.jsonl \\
-        --lr 2e-5 1e-4 --lora-rank 0 16 --data forget mix benign --examples 8 512 --steps 64 \\
+    python evals/tamper.py --model runs/NAME/model --forget attack.jsonl --output runs/NAME-attack
+    torchrun --nproc_per_node 4 evals/tamper.py --model runs/NAME/model --forget attack.jsonl --output runs/NAME-attack
+    python evals/tamper.py --model runs/NAME/model --forget attack.jsonl --retain harmless.jsonl --steps 64 \\
+        --grid adam-lr=2e-5,1e-4 lora-rank=0,16 data=forget,mix,retain examples=8,512 \\
         --control original=ORIGINAL --control random --output runs/NAME-attack
 
-A model is trained with AdamW on text of the forgotten domain, or harmless text, or both; accuracy is measured every
-few steps on the live model. Flags with several values make a grid of attacks, each in a folder of its own under
-attacks/; what they show together is written to attack.json and attack.png.
+An attack is a run of `train.py --method next-token`, on text of the forgotten domain, or harmless text, or both, with
+accuracy measured every few steps on the live model; it takes all of train.py's flags, another --method too. --grid
+makes several, each a run's folder under attacks/; what they show together is written to attack.json and attack.png.
 """
 
 import dataclasses
@@ -17,25 +17,31 @@ import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evals.tamper_config import UNLEARNED, Attack, Subject, TamperConfig
-from unlearn.config import parse_flags
-from unlearn.errors import UserError, run_command
-from unlearn.signals import EarlyStop
+from evals.attack.config import UNLEARNED, Subject, TamperConfig, read_attacks
+from unlearn.errors import NotFinite, UserError, run_command
+from unlearn.run.signals import EarlyStop
 
 if TYPE_CHECKING:
+    import torch
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedTokenizerBase
 
     from evals.evaluation import Evaluation
-    from unlearn.attempt import Attempt
-    from unlearn.data import Batches, Corpus
+    from evals.training import Training
+    from unlearn.batches import Batches
+    from unlearn.config import TrainConfig
+    from unlearn.corpus import Corpus
+    from unlearn.run.run import Run
+
+CURVE = "curve.json"  # of a finished attack, in its own folder
 
 
 def main() -> None:
-    config = parse_flags(TamperConfig)
+    config = read_attacks()
     with EarlyStop(config.output):
         run(config)
 
@@ -45,18 +51,18 @@ def run(config: TamperConfig) -> None:
     from unlearn.distributed import is_main, process_group  # torch is imported after the flags were found to be right
 
     with process_group(config.device) as device:
-        from evals.attack_memory import check_attacks_fit
-        from unlearn.attempt import attempt
-        from unlearn.run_folder import ATTACK
+        from unlearn.run.folder import ATTACK
+        from unlearn.run.run import opened_run
 
-        inputs = (config.corpus, config.benign_corpus, *(subject.model for subject in config.subjects()))
-        with attempt(config, config.output, ATTACK, inputs, device) as this:
-            grid = prepare(config)
-            check_attacks_fit(config, grid.batches, device)
-            if not this.stands(grid.identity):
-                tamper(grid, this)
+        first = next(iter(config.attacks))
+        runs = [config.run(subject, first) for subject in config.subjects()]
+        inputs = (runs[0].forget, runs[0].retain, *(one.model for one in runs))
+        with opened_run(config, config.output, ATTACK, inputs, device) as run:
+            grid = prepare(config, device)
+            if not run.finished(grid.identity):
+                tamper(grid, run)
             elif is_main():
-                print(f"finished before: {this.folder / 'attack.json'}")
+                print(f"finished before: {run.folder / 'attack.json'}")
 
 
 @dataclass(frozen=True)
@@ -64,70 +70,100 @@ class Grid:
     """Everything that the attacks share, read and found to be right.
 
     Attributes:
-        batches: of each attack. identity: digests of what was read.
+        meshes: by layout and size. identity: digests of what is read.
         reference: the original model's accuracies, where --reference names them.
         warnings: sentences about questions that stand in what the attacks train on, and about text that is not new.
     """
 
     config: TamperConfig
-    tokenizer: "PreTrainedTokenizerBase"
     evaluation: "Evaluation"
-    batches: dict[Attack, "Batches"]
+    meshes: "Meshes"
     identity: dict[str, str]
     reference: dict[str, dict[str, Any]] | None
     warnings: list[str]
 
 
-def tamper(grid: Grid, this: "Attempt") -> None:
-    """Run what an earlier attempt left of the grid, on the model and then on each control, and write."""
-    from unlearn.distributed import fail_together, is_main, world_size
-    from unlearn.sharding import shard_mesh
+class Meshes(dict[tuple[str, int | None], "DeviceMesh | None"]):
+    """One mesh for all runs of the same layout: another one would cost groups of ranks that nobody frees."""
 
-    config = grid.config
-    this.claim(grid.identity, {}, 0)
-    meshes: dict[str, DeviceMesh | None] = {}
-    for subject in config.subjects():
-        for attack in config.attacks():
-            kind = config.shard_kind(attack, world_size())
-            if kind not in meshes:
-                meshes[kind] = shard_mesh(kind, config.shard_size, this.device)
-            _run(grid, subject, attack, meshes[kind], this)
+    def __init__(self, device: "torch.device"):
+        super().__init__()
+        self.device = device
+
+    def __missing__(self, key: tuple[str, int | None]) -> "DeviceMesh | None":
+        from unlearn.sharding import shard_mesh
+
+        self[key] = shard_mesh(*key, self.device)  # type: ignore[arg-type]
+        return self[key]
+
+    def of(self, config: "TrainConfig") -> "DeviceMesh | None":
+        """The mesh of a run, None where its weights are replicated."""
+        from unlearn.distributed import world_size
+
+        return self[config.shard_kind(world_size()), config.shard_size]
+
+
+def tamper(grid: Grid, run: "Run") -> None:
+    """Run what an earlier attempt left of the grid, on the model and then on each control, and write."""
+    from unlearn.distributed import fail_together, is_main
+
+    run.begin(grid.identity, {}, 0)
+    for subject in grid.config.subjects():
+        for name in grid.config.attacks:
+            _attack(grid, subject, name, run)
             gc.collect()  # a model with hooks refers to itself: its memory is wanted for the next
     with fail_together():
         if is_main():
-            _write(grid, this.folder)
-    this.finish()
+            _write(grid, run.folder)
+    run.finish()
 
 
-def prepare(config: TamperConfig) -> Grid:
+def prepare(config: TamperConfig, device: "torch.device") -> Grid:
     """Read models' tokenizers, corpora, questions and results, and look for every mistake in them.
 
     Raises:
-        UserError: anything that the flags name is missing, damaged or does not fit the rest.
+        UserError: anything that the flags name is missing, damaged or does not fit the rest; an attack cannot fit.
     """
     from evals.evaluation import Evaluation
-    from evals.fine_tuning import AttackFlags, attack_batches, check_examples_differ
     from unlearn.model import load_config, load_tokenizer
-    from unlearn.model_config import check_rows, check_windows, largest_tokens
+    from unlearn.model_config import check_rows
+    from unlearn.unlearning import assemble
 
-    tokenizer = load_tokenizer(config.model, revision=config.revision)
+    tokenizer, subjects = load_tokenizer(config.model, revision=config.revision), config.subjects()
     identity = _models(config, tokenizer)
-    corpora = _corpora(config, tokenizer)
-    windows = {corpus.name: corpus.windows for corpus in corpora.values()}
-    check_windows(load_config(config.model, revision=config.revision), windows)
-    identity |= {f"{name} corpus": corpus.sha256() for name, corpus in corpora.items()}
-    evaluation = Evaluation.of(config, tokenizer, load_config(config.model, revision=config.revision))
+    first = config.run(subjects[0], next(iter(config.attacks)))
+    evaluation = Evaluation.of(first, tokenizer, load_config(config.model, revision=config.revision))
+    for subject in subjects:  # a control may have fewer rows
+        check_rows(load_config(subject.model, revision=subject.revision), evaluation.largest_token())
+    reference, meshes = _reference(config, evaluation), Meshes(device)
+    batches: dict[str, dict[str, Batches]] = {}
+    for subject in subjects:
+        for name in config.attacks if subject is subjects[0] else [next(iter(config.attacks))]:
+            flags = config.run(subject, name)
+            try:
+                found = assemble(flags, device, meshes.of(flags))
+            except UserError as error:
+                raise UserError(f"attack {name} on {subject.name}: {error}") from None
+            batches.setdefault(name, dict(found.parts.batches))
+            identity |= {key: value for key, value in found.identity.items() if key not in ("model", *identity)}
     identity["questions"] = evaluation.sha256()
-    for subject in config.subjects():  # a control may have fewer rows
-        check_rows(
-            load_config(subject.model, revision=subject.revision), largest_tokens(windows) | evaluation.largest_token()
-        )
-    reference = _reference(config, evaluation)
-    flags = {attack: AttackFlags.of(config, config.subjects()[0], attack) for attack in config.attacks()}
-    batches = {attack: attack_batches(of_attack, corpora) for attack, of_attack in flags.items()}
-    check_examples_differ(batches)
-    warnings = _overlaps(config, batches, evaluation, tokenizer)
-    return Grid(config, tokenizer, evaluation, batches, identity, reference, warnings)
+    _check_examples_differ(config, batches)
+    drawn = _drawn(batches)
+    return Grid(config, evaluation, meshes, identity, reference, _overlaps(config, drawn, evaluation, tokenizer))
+
+
+def _check_examples_differ(config: TamperConfig, batches: "Mapping[str, Mapping[str, Batches]]") -> None:
+    """Raise `UserError` if two attacks of a grid differ in --examples alone, and draw the same windows all the same."""
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, found in batches.items():
+        others = tuple(part for part in config.attacks[name] if part[0] != "examples")
+        key = (others, *(of_corpus.chosen for of_corpus in found.values()))
+        if key in seen:
+            raise UserError(
+                f"expected --examples that draw different windows; found {seen[key]} and {name}, both {key[1:]}: leave "
+                "one out, or use a larger corpus"
+            )
+        seen[key] = name
 
 
 def _models(config: TamperConfig, tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
@@ -138,7 +174,7 @@ def _models(config: TamperConfig, tokenizer: "PreTrainedTokenizerBase") -> dict[
     """
     from unlearn.files import files_hash
     from unlearn.model import load_config, load_tokenizer
-    from unlearn.preflight import settings_hashes
+    from unlearn.run.preflight import settings_hashes
     from unlearn.weights import Checkpoint
 
     found = {}
@@ -160,46 +196,38 @@ def _models(config: TamperConfig, tokenizer: "PreTrainedTokenizerBase") -> dict[
     return found
 
 
-def _corpora(config: TamperConfig, tokenizer: "PreTrainedTokenizerBase") -> dict[str, "Corpus"]:
-    from unlearn.data import read_corpus
-
-    sources = {
-        "forget": (config.corpus, config.column, config.template, "--column"),
-        "benign": (config.benign_corpus, config.benign_column, config.benign_template, "--benign-column"),
-    }
-    return {
-        name: read_corpus(source, tokenizer, seq_len=config.seq_len, column=column, template=template, column_flag=flag)
-        for name, (source, column, template, flag) in sources.items()
-        if source is not None
-    }
-
-
 def _reference(config: TamperConfig, evaluation: "Evaluation") -> dict[str, dict[str, Any]] | None:
     """The original model's accuracies on the hazard tasks, where --reference names them."""
-    from evals.original import original_accuracies
+    from evals.judge.original import original_accuracies
 
     if config.reference is None:
         return None
     return original_accuracies(config.reference, config.roles()[0], evaluation, config.split_by)
 
 
+def _drawn(batches: "Mapping[str, Mapping[str, Batches]]") -> "dict[str, Corpus]":
+    """By corpus, the most windows that any attack draws of it."""
+    from unlearn.corpus import Corpus
+
+    pairs = [pair for of_attack in batches.values() for pair in of_attack.items()]
+    drawn = {}
+    for name, found in sorted(pairs, key=lambda pair: pair[1].unique):
+        drawn[name] = Corpus(name, 0, [found.corpus.windows[index] for index in sorted(set(found.order))])
+    return drawn
+
+
 def _overlaps(
     config: TamperConfig,
-    batches: Mapping[Attack, "Batches"],
+    drawn: "Mapping[str, Corpus]",
     evaluation: "Evaluation",
     tokenizer: "PreTrainedTokenizerBase",
 ) -> list[str]:
     """Sentences about questions that stand in what the attacks train on, and about text that the model's run has read;
     printed."""
-    from evals.overlap import overlap_warnings, question_texts
-    from evals.seen import seen_warnings
-    from unlearn.data import Corpus
+    from evals.attack.overlap import overlap_warnings, question_texts
+    from evals.attack.seen import seen_warnings
     from unlearn.distributed import fail_together, is_main
 
-    drawn: dict[str, Corpus] = {}
-    for attack, found in sorted(batches.items(), key=lambda pair: pair[1].unique):
-        windows = [found.corpus.windows[index] for index in sorted(set(found.order))]
-        drawn[attack.data] = Corpus(attack.data, 0, windows)  # the most that any attack draws
     warnings = seen_warnings(config.model, drawn, tokenizer, config.seq_len)
     with fail_together():
         if is_main():
@@ -209,43 +237,81 @@ def _overlaps(
     return warnings
 
 
-def _run(grid: Grid, subject: Subject, attack: Attack, mesh: "DeviceMesh | None", this: "Attempt") -> None:
-    """One attack on one model, unless an earlier attempt has finished it."""
-    from evals.fine_tuning import AttackFlags, attack_model
-    from unlearn.attempt import attempt
-    from unlearn.run_folder import ONE_ATTACK
+def _attack(grid: Grid, subject: Subject, name: str, run: "Run") -> None:
+    """One attack on one model, unless an earlier attempt has finished it.
 
-    flags = AttackFlags.of(grid.config, subject, attack)
-    place = str(attack_folder(this.folder, subject.name, attack))
-    with attempt(flags, place, ONE_ATTACK, (), this.device, marker=this.marker) as one:
-        if not one.stands(grid.identity):
-            export = this.folder / "model" if grid.config.save_model else None
-            shared = (grid.batches[attack], grid.evaluation, grid.tokenizer, mesh)
-            attack_model(flags, *shared, one, identity=grid.identity, export=export)
+    An attack that diverges is a result: its curve then has the reason, and the points up to there.
+    """
+    from evals.training import measurement, opened
+    from unlearn.distributed import fail_together, is_main
+    from unlearn.files import write_json
+    from unlearn.run.folder import ONE_ATTACK
+
+    config = grid.config.run(subject, name, str(attack_folder(run.folder, subject.name, name)))
+    hazard, general = grid.config.roles()
+    mesh, wanted = grid.meshes.of(config), (*hazard, *general)
+    shared: dict[str, Any] = {"evaluation": grid.evaluation, "mesh": mesh, "marker": run.marker, "wanted": wanted}
+    with opened(config, run.device, own=ONE_ATTACK, **shared) as training:
+        if training.finished():
+            return
+        if is_main():
+            print(f"attack {name} on {subject.name}", flush=True)
+        reason = None
+        try:
+            training.train()
+        except NotFinite as error:
+            if not measurement(training.folder, 0).is_file():
+                raise  # of the model as it came
+            training.run.stop.obey()  # the next attack would not know of a signal that came in these steps
+            reason = str(error)
+        with fail_together():
+            if is_main():
+                write_json(training.folder / CURVE, _curve(training, reason))
+        training.finish()
 
 
-def attack_folder(folder: Path, subject: str, attack: Attack) -> Path:
+def _curve(training: "Training", reason: str | None) -> dict[str, Any]:
+    """What curve.json holds; `diverged` is the reason, None for an attack that came to its end."""
+    from evals.training import measurement
+
+    batches, steps = training.unlearning.parts.batches.values(), training.unlearning.steps
+    tokens = [0, *accumulate(sum(one.tokens(step) for one in batches) for step in range(steps))]
+    files = {step: measurement(training.folder, step) for step in range(steps + 1)}
+    return {
+        "steps": steps,
+        "unique": sum(one.unique for one in batches),
+        "batch": sum(one.batch for one in batches),
+        "tokens": tokens[-1],
+        "diverged": reason,
+        "points": [
+            {"step": step, "tokens": tokens[step], "tasks": json.loads(file.read_text(encoding="utf-8"))}
+            for step, file in files.items()
+            if file.is_file()
+        ],
+    }
+
+
+def attack_folder(folder: Path, subject: str, name: str) -> Path:
     """Where one attack of a grid keeps its files."""
-    return folder / "attacks" / subject / attack.name
+    return folder / "attacks" / subject / name
 
 
 def _write(grid: Grid, folder: Path) -> None:
     """Write attack.json and the picture, and print the table."""
-    from evals.attack_results import Curves, results, table
-    from evals.fine_tuning import CURVE
+    from evals.attack.results import Curves, results, table
     from unlearn.files import write_json
+    from unlearn.run.folder import as_json
 
     config, warnings = grid.config, grid.warnings
-    attacks = {attack.name: attack for attack in config.attacks()}
     curves = {
         subject.name: {
-            name: json.loads((attack_folder(folder, subject.name, attack) / CURVE).read_text(encoding="utf-8"))
-            for name, attack in attacks.items()
+            name: json.loads((attack_folder(folder, subject.name, name) / CURVE).read_text(encoding="utf-8"))
+            for name in config.attacks
         }
         for subject in config.subjects()
     }
-    found = Curves(config, attacks, curves)
-    written = results(dataclasses.asdict(config), found, grid.reference, warnings)
+    found = Curves(config, curves)
+    written = results(as_json(dataclasses.asdict(config)), found, grid.reference, warnings)
     write_json(folder / "attack.json", written)
     if importlib.util.find_spec("matplotlib") is None:
         print("no plot: matplotlib is not installed (pip install 'unlearn[report]')")
@@ -257,9 +323,9 @@ def _write(grid: Grid, folder: Path) -> None:
 
 
 def _plot(config: TamperConfig, curves: Any, written: Mapping[str, Any], path: Path) -> None:
-    from evals.attack_plot import plot_attack, plot_grid
+    from evals.attack.plot import plot_attack, plot_grid
 
-    if len(config.attacks()) == 1 and not config.control:
+    if len(config.attacks) == 1 and not config.control:
         shown = [task for task in config.eval_tasks if task in written["points"][0]["tasks"]]
         plot_attack(written["points"], list(dict.fromkeys([*written["hazard"], *shown])), path)
     else:

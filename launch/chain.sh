@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train, evaluate, attack and report as Slurm jobs, each of which waits for the success of the one that it needs.
 #
-#   launch/chain.sh --sbatch '--time=4:00:00 --nodes=2' --attack '--corpus attack.jsonl' \
+#   launch/chain.sh --sbatch '--time=4:00:00 --nodes=2' --attack '--forget attack.jsonl' \
 #       train.py --lora-rank 16 --output runs/mine
 #   launch/chain.sh --sbatch '--time=2:00:00' --list grid.txt           every stage as a job array, line by line
 #   LAUNCHER="launch/chain.sh --sbatch '--time=4:00:00'" launch/recipes/lora-adamw.sh

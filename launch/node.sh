@@ -32,6 +32,14 @@ count_gpus() {
     echo $((count > 0 ? count : 1))
 }
 
+# Whether the installed torchrun has an option; torch itself, which takes seconds to import, is not.
+torchrun_knows() {
+    "$python" -c 'import importlib.util as find, pathlib, sys
+torch = find.find_spec("torch")
+run = pathlib.Path(torch.origin).parent / "distributed/run.py" if torch else None
+sys.exit(run is None or sys.argv[1] not in run.read_text())' "$1"
+}
+
 dry_run=false ranks='' nodes=1 endpoint='' id='' host='' address=''
 while (($#)); do
     case $1 in
@@ -78,7 +86,9 @@ if ((ranks * nodes > 1)); then
     # A rank that fails ends the attempt: retries are Slurm's or the user's, from a checkpoint (--max-restarts 0).
     # torchrun leaves its workers behind on a signal that it does not handle, so USR1 is added to its list.
     command+=(-m torch.distributed.run --nproc-per-node "$ranks" --max-restarts 0
-        --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" --shutdown-timeout "${SHUTDOWN_SECONDS:-240}")
+        --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    # Before torch 2.12 it has no such option, and gives its workers 30 seconds.
+    if torchrun_knows --shutdown-timeout; then command+=(--shutdown-timeout "${SHUTDOWN_SECONDS:-240}"); fi
     if [[ -n ${NUMA_BINDING-} ]]; then command+=(--numa-binding "$NUMA_BINDING"); fi
     if ((nodes > 1)); then
         command+=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$endpoint" --rdzv-id "$id"

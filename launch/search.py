@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
 
-from evals.targets import parse_target
+from evals.judge.targets import parse_target
 
 State = Literal["push harder", "push less", "gentler", "failed", "met"]
 End = Literal["too rough", "too gentle"]
@@ -76,7 +76,7 @@ class Space:
 
 
 def classify(verdict: Mapping[str, Any]) -> State:
-    """What a verdict of `evals.verdict.judge` asks for next, by point estimates.
+    """What a verdict of `evals.judge.verdict.judge` asks for next, by point estimates.
 
     Hazard high, general kept: push harder. Hazard low, general lost: push less. Both partly down, or the hazard low by
     collapse alone: gentler. A collapse is never "met".

@@ -24,7 +24,7 @@ from launch.sweep_table import best, draw_frontier, write_results
 from launch.trials import Record, Trial, measure, measure_before, read_before
 from unlearn.errors import UserError, run_command
 from unlearn.files import write_json, writing
-from unlearn.folder_lock import LOCK, locked
+from unlearn.run.lock import LOCK, locked
 
 ALIKE = 3  # so many failures for one reason, before anything was measured, are no results but a mistake
 

@@ -6,20 +6,18 @@ import math
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stderr
 from dataclasses import dataclass
-from functools import cache
-from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
-from evals.targets import Target, check_targets, parse_target
+from evals.judge.targets import Target, check_targets, parse_target
 from launch.jobs import Slurm
 from launch.search import PUSH, Space, Values
-from unlearn.config import TrainConfig, config_of, named_method, parse_flags, parse_method_flags
+from unlearn.config import TrainConfig, named_method, parse_flags, parse_method_flags
 from unlearn.errors import UserError
+from unlearn.grid import at, given, points, read_grid, typed
 
 OWN = ("output", "overwrite", "seed")  # flags of train.py that the sweep sets
 
@@ -149,12 +147,6 @@ class Sweep:
         return flags | {"train.py flags": list(self.train_flags)}
 
 
-@cache
-def _given(method: str) -> type[TrainConfig]:
-    """train.py's flags as given, before its checks and defaults: one value of a grid is no complete run."""
-    return type("Given", (config_of(method),), {"__post_init__": lambda self: None})
-
-
 def read_sweep(arguments: Sequence[str] | None = None) -> Sweep:
     """Read and check the command line, train.py's flags and every point of the grid.
 
@@ -166,29 +158,11 @@ def read_sweep(arguments: Sequence[str] | None = None) -> Sweep:
     config, train_flags = parse_flags(SweepConfig, words[:end]), tuple(words[end + 1 :])
     config.check()
     method = named_method(train_flags)
-    flags = _read_grid(config.grid, method)
+    flags = read_grid(config.grid, method, OWN, "the sweep")
     _refuse_repeated(flags, train_flags)
     _check_points(flags, train_flags, method)
     push = _push(flags) if config.search == "boundary" else None
     return Sweep(config, train_flags, Space(flags, push, config.seeds, config.seed))
-
-
-def _read_grid(grid: Sequence[str], method: str) -> dict[str, tuple[str, ...]]:
-    """Flags and their values as typed."""
-    known = [field.name.replace("_", "-") for field in dataclasses.fields(config_of(method))]
-    flags: dict[str, tuple[str, ...]] = {}
-    for part in grid:
-        flag, equals, listed = part.partition("=")
-        flag, values = flag.removeprefix("--").replace("_", "-"), tuple(listed.split(","))
-        if not equals or not all(value.strip() for value in values):
-            raise UserError(f"expected --grid as FLAG=VALUE,VALUE; found {part!r}: write for example muon-lr=1e-4,1e-3")
-        if flag in OWN or flag not in known:
-            reason = "the sweep sets that one itself" if flag in OWN else "see train.py --help"
-            raise UserError(f"expected flags of train.py in --grid; found {flag!r}: {reason}")
-        if flag in flags or len(set(values)) < len(values):
-            raise UserError(f"expected every flag and value of --grid once; found {part!r} repeating one")
-        flags[flag] = values
-    return flags
 
 
 def _refuse_repeated(flags: dict[str, tuple[str, ...]], train_flags: Sequence[str]) -> None:
@@ -202,33 +176,11 @@ def _refuse_repeated(flags: dict[str, tuple[str, ...]], train_flags: Sequence[st
 
 def _check_points(flags: dict[str, tuple[str, ...]], train_flags: Sequence[str], method: str) -> None:
     """Raise unless train.py would take every point."""
-    shared = _as_dict(parse_flags(_given(method), train_flags))
-    typed = {(flag, value): _read_value(flag, value, method) for flag, values in flags.items() for value in values}
-    for point in Space(flags).points():
-        fields = shared | {flag.replace("-", "_"): typed[flag, value] for flag, value in point}
-        try:
-            config_of(method)(**fields)
-        except UserError as error:
-            shown = " ".join(f"--{flag} {value}" for flag, value in point)
-            raise UserError(
-                f"expected train.py to take every point of --grid; found {shown} refused: {error}"
-            ) from None
-
-
-def _read_value(flag: str, value: str, method: str) -> Any:
-    """One value of the grid, in the type of its flag."""
-    try:
-        with redirect_stderr(StringIO()):
-            given = tyro.cli(_given(method), args=[f"--{flag}", *value.split()])
-    except SystemExit:
-        raise UserError(
-            f"expected values of --{flag} as train.py takes them in --grid; found {value!r}: see train.py --help"
-        ) from None
-    return getattr(given, flag.replace("-", "_"))
-
-
-def _as_dict(given: TrainConfig) -> dict[str, Any]:
-    return {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
+    words = parse_flags(given(method), train_flags)
+    shared = {field.name: getattr(words, field.name) for field in dataclasses.fields(words)}
+    values = typed(flags, method)
+    for point in points(flags):
+        at(point, shared, values, method)
 
 
 def _push(flags: dict[str, tuple[str, ...]]) -> str:

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evals.targets import Target
+from evals.judge.targets import Target
+from launch.report.sweep_record import bounds, trial_notes
 from launch.sweep_config import Sweep
 from unlearn.files import write_json, writing
-from unlearn.report.sweep_record import bounds, trial_notes
 
 Record = dict[str, Any]
 COLUMNS = ("steps", "batch", "examples", "remove_coef", "retain_coef", "adam_lr", "muon_lr")
@@ -127,7 +127,7 @@ def draw_frontier(sweep: Sweep, records: Sequence[Record], before: Mapping[str, 
     limits = bounds({"target": sweep.config.target})
     if importlib.util.find_spec("matplotlib") is None or len(limits) < 2:
         return False
-    from unlearn.report.figures import save_frontier
+    from launch.report.figures import save_frontier
 
     with writing(path):
         save_frontier(records, before, limits["<="], limits[">="], path)

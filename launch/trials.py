@@ -55,8 +55,8 @@ def measure(sweep: Sweep, trial: Trial) -> Record:
     Returns:
         {"trial", "number", "values", "seed", "settings": of train.py, "commands", "seconds", "state"}, and for a trial
         that failed "reason" and no measured number; else "steps", "losses" (of the last step), "questions": "all" or
-        "subsample", "accuracies": {task: some numbers of `evals.summary`}, "verdict", and "inputs": digests of what it
-        read.
+        "subsample", "accuracies": {task: some numbers of `evals.judge.summary`}, "verdict", and "inputs": digests of
+        what it read.
     """
     folder = sweep.folder / "trials" / trial.name
     if sweep.config.slurm is None or not jobs.submitted(folder):
@@ -191,7 +191,7 @@ def run(words: Sequence[str], ranks: int, log: Path) -> None:
 
 def _told_to_stop(folder: Path, code: int) -> bool:
     """Whether a command ended because it was told to; under torchrun only the run's marker says so."""
-    from unlearn.run_folder import MARKER  # imports torch
+    from unlearn.run.folder import MARKER  # imports torch
 
     return (folder / "run" / MARKER).exists() or code in [sign for n in STOPPED for sign in (-n, 128 + n)]
 

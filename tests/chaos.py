@@ -105,9 +105,9 @@ def prepare(place: Path) -> None:
     from evals_support import question, write_wmdp
 
     import evals.evaluation  # noqa: F401
-    import evals.summary  # noqa: F401
+    import evals.judge.summary  # noqa: F401
     import train  # noqa: F401
-    import unlearn.attempt  # noqa: F401
+    import unlearn.run.run  # noqa: F401
     import unlearn.unlearning  # noqa: F401
 
     if not (place / "model").is_dir():

@@ -5,8 +5,8 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from evals.answers import Answers, Key, Letters, collect
-from evals.summary import summarise
+from evals.judge.answers import Answers, Key, Letters, collect
+from evals.judge.summary import summarise
 
 ABCD = Letters(("A", "B", "C", "D"))
 HASHED = ("doc", "prompt", "target")

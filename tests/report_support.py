@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from unlearn.report import write_report
-from unlearn.report_config import ReportConfig
+from launch.report import write_report
+from launch.report.config import ReportConfig
 
 VOID = {"meta", "wbr", "br", "hr", "img", "input", "link"}
 

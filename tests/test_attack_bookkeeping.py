@@ -11,11 +11,12 @@ from conftest import WORDS, tiny_tokenizer, write_corpus
 from test_commands import flags
 from test_evals_envelope import FLOOR, curve
 
-from evals.attack_results import Curves, results, table
-from evals.envelope import destroyed, recovery
-from evals.seen import seen_warnings
-from evals.tamper_config import TamperConfig
-from unlearn.data import Corpus, read_corpus
+from evals.attack.config import TamperConfig
+from evals.attack.results import Curves, results, table
+from evals.attack.seen import seen_warnings
+from evals.judge.envelope import destroyed, recovery
+from unlearn.config import config_of
+from unlearn.corpus import Corpus, read_corpus
 
 pytestmark = pytest.mark.usefixtures("token_cache")
 
@@ -86,14 +87,13 @@ def numbers(acc: float) -> dict[str, Any]:
 
 def grid(general: float) -> Curves:
     """One attack, after which the general accuracy is `general`; 0.6 before."""
-    config = TamperConfig(model="m", output="o", corpus="c")
+    config: Any = config_of("next-token", TamperConfig)(model="m", output="o", forget="c")
     points = [
         {"step": step, "tokens": step * 10, "tasks": {"wmdp_bio": numbers(hazard), "mmlu_stem": numbers(kept)}}
         for step, hazard, kept in ((0, 0.25, 0.6), (10, 0.7, general))
     ]
     record = {"steps": 10, "unique": 8, "batch": 8, "tokens": 100, "diverged": None, "points": points}
-    attacks = {attack.name: attack for attack in config.attacks()}
-    return Curves(config, attacks, {"unlearned": {name: record for name in attacks}})
+    return Curves(config, {"unlearned": {name: record for name in config.attacks}})
 
 
 def test_a_general_task_that_every_attack_destroys_is_named() -> None:

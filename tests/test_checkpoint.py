@@ -15,13 +15,13 @@ from test_commands import flags
 import train
 from evals import tamper
 from unlearn.__main__ import main as unlearn_main
-from unlearn.checkpoint import Checkpoints, load, tensors
 from unlearn.config import configure
 from unlearn.errors import UserError
 from unlearn.files import files_hash
-from unlearn.metrics import MetricsLog
-from unlearn.preflight import check_disk, versions
-from unlearn.stopping import StopSignals
+from unlearn.run.checkpoint import Checkpoints, load, tensors
+from unlearn.run.log import MetricsLog
+from unlearn.run.preflight import check_disk, versions
+from unlearn.run.stopping import StopSignals
 
 pytestmark = pytest.mark.usefixtures("token_cache")
 
@@ -32,7 +32,7 @@ def half_done(home: Path, tmp_path: Path, attempt: Callable[..., str], monkeypat
     corpus = shutil.copy(home / "forget.jsonl", tmp_path / "forget.jsonl")
     words = flags(home, tmp_path / "run", forget=corpus, **{"save-every": 1, "keep": 2})
     with monkeypatch.context() as patch:
-        patch.setattr("unlearn.unlearning.finish", _killed)
+        patch.setattr("evals.training.finish", _killed)
         with pytest.raises(KeyboardInterrupt):
             sys.argv[:] = ["train.py", *map(str, words)]
             train.main()
@@ -94,9 +94,9 @@ def test_a_layout_may_change(half_done: list[object], attempt: Callable[..., str
 def test_other_code_and_versions_are_warned_of(
     half_done: list[object], attempt: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unlearn.attempt.code_hash", lambda: "f" * 64)
-    monkeypatch.setattr("unlearn.attempt.versions", lambda: versions() | {"torch": "3.0.0"})
-    monkeypatch.setattr("unlearn.run_folder.world_size", lambda: 2)
+    monkeypatch.setattr("unlearn.run.run.code_hash", lambda: "f" * 64)
+    monkeypatch.setattr("unlearn.run.run.versions", lambda: versions() | {"torch": "3.0.0"})
+    monkeypatch.setattr("unlearn.run.folder.world_size", lambda: 2)
     said = attempt(*half_done)
     (warning,) = [line for line in said.splitlines() if line.startswith("warning: ")]
     assert (
@@ -180,15 +180,18 @@ def _call(monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], words: list
 
 def test_an_attack_goes_on(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_wmdp(tmp_path / "data", [question(index, answer=index % 4, said=None) for index in range(6)])
-    words = ["tamper.py", "--model", home / "model", "--corpus", home / "forget.jsonl", "--data-dir", tmp_path / "data"]
-    words += "--batch 4 --examples 15 --seq-len 24 --eval-every 1 --eval-tasks wmdp_bio --lr 1e-3 --save-model".split()
+    words = ["tamper.py", "--model", home / "model", "--forget", home / "forget.jsonl", "--data-dir", tmp_path / "data"]
+    words += "--batch 4 --examples 15 --seq-len 24 --eval-every 1 --eval-tasks wmdp_bio --adam-lr 1e-3 --export".split()
     _call(monkeypatch, tamper.main, [*words, "--output", tmp_path / "whole"])
     _interrupted(monkeypatch, tamper.main, [*words, "--output", tmp_path / "killed"])
-    assert (tmp_path / "killed/attacks/unlearned/full-lr0.001-linear-forget-15/checkpoints/step-000002").is_dir()
+    assert (tmp_path / "killed/attacks/unlearned/attack/checkpoints/step-000002").is_dir()
     _call(monkeypatch, tamper.main, [*words, "--output", tmp_path / "killed"])
     whole, again = (json.loads((tmp_path / name / "attack.json").read_text()) for name in ("whole", "killed"))
     assert whole["points"] == again["points"] and len(again["points"]) == 5
-    one, two = ((tmp_path / name / "model/model.safetensors").read_bytes() for name in ("whole", "killed"))
+    one, two = (
+        (tmp_path / name / "attacks/unlearned/attack/model/model.safetensors").read_bytes()
+        for name in ("whole", "killed")
+    )
     assert one == two
 
 

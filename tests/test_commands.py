@@ -21,7 +21,7 @@ from unlearn.fit_config import FitLensConfig
 from unlearn.fit_lens import fit_lens
 from unlearn.lora import add_lora, load_adapter, merge_lora
 from unlearn.model import load_model, save_model
-from unlearn.run_folder import ATTACK, LENS, RUN, begin, check_output
+from unlearn.run.folder import ATTACK, LENS, RUN, check_output, claim
 
 ROOT = Path(__file__).parent.parent
 INPUT = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
@@ -189,14 +189,17 @@ def test_a_lens_that_learnt_nothing_is_the_logit_lens(home: Path, tmp_path: Path
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_attack(home: Path, data: Path, tmp_path: Path, ranks: int) -> None:
-    sizes = "--batch 4 --examples 10 --seq-len 24 --eval-every 2 --eval-tasks wmdp_bio --lr 1e-3 --dtype fp32".split()
-    words = ["evals/tamper.py", "--model", home / "model", "--corpus", home / "forget.jsonl", "--data-dir", data]
-    result = run(*words, "--output", tmp_path / "attack", *sizes, "--save-model", ranks=ranks)
+    sizes = (
+        "--batch 4 --examples 10 --seq-len 24 --eval-every 2 --eval-tasks wmdp_bio --adam-lr 1e-3 --dtype fp32".split()
+    )
+    words = ["evals/tamper.py", "--model", home / "model", "--forget", home / "forget.jsonl", "--data-dir", data]
+    result = run(*words, "--output", tmp_path / "attack", *sizes, "--export", ranks=ranks)
     assert result.returncode == 0, result.stderr
     attack = json.loads((tmp_path / "attack" / "attack.json").read_text())
     assert [point["step"] for point in attack["points"]] == [0, 2, 3]
     assert {"acc", "interval", "questions", "predicted", "debiased"} <= attack["points"][0]["tasks"]["wmdp_bio"].keys()
-    before, after = (load_model(str(folder / "model")).state_dict() for folder in (home, tmp_path / "attack"))
+    attacked = tmp_path / "attack/attacks/unlearned/attack"
+    before, after = (load_model(str(folder / "model")).state_dict() for folder in (home, attacked))
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     assert len(moved) > 40, "every kind of parameter is attacked"
 
@@ -253,7 +256,7 @@ def test_flag_mistakes(home: Path, tmp_path: Path) -> None:
 
 def test_existing_output_is_kept(home: Path, tmp_path: Path, attempt: Callable[..., str]) -> None:
     folder = tmp_path / "run"
-    begin(check_output(str(folder), False), {"clip": float("inf"), "overwrite": False}, "none", {}, {})
+    claim(check_output(str(folder), False), {"clip": float("inf"), "overwrite": False}, "none", {}, {})
     (folder / "model").mkdir()
     assert "found an earlier run" in attempt(*flags(home, folder))
     assert (folder / "model").is_dir()
@@ -282,7 +285,7 @@ def test_outputs_that_would_destroy_something(home: Path, tmp_path: Path, attemp
 def test_output_may_be_a_mount_point_or_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    begin(check_output(str(tmp_path / "link"), False), {"seed": 1, "overwrite": False}, "none", {}, {})
+    claim(check_output(str(tmp_path / "link"), False), {"seed": 1, "overwrite": False}, "none", {}, {})
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "config.json").is_file()
     monkeypatch.chdir(tmp_path / "real")
     assert check_output(".", True) == tmp_path / "real"

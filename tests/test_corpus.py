@@ -1,7 +1,6 @@
 """What of a corpus is text, in which forms it is read, and what is refused."""
 
 import bz2
-import dataclasses
 import gzip
 import json
 from pathlib import Path
@@ -13,11 +12,9 @@ import pyarrow.parquet
 import pytest
 from conftest import tiny_model, tiny_tokenizer
 
-from evals import tamper
-from evals.tamper_config import TamperConfig
 from unlearn import fit_lens, unlearning
 from unlearn.config import TrainConfig
-from unlearn.corpus import read_texts
+from unlearn.corpus_texts import read_texts
 from unlearn.errors import UserError
 from unlearn.fit_config import FitLensConfig
 from unlearn.model import save_model
@@ -150,9 +147,9 @@ def test_the_page_number_of_an_empty_text(tmp_path: Path, form: str) -> None:
 def test_a_joined_column_that_nobody_named_says_the_way_out(tmp_path: Path, name: str) -> None:
     """A title that is a number refused the corpus, and the message asked for a column of strings, which it has."""
     source = written(tmp_path / "x.jsonl", jsonl({"text": "words", name: 7}))
-    said = f"'{name}' of .*; found a int .* name the column of strings that counts, as in `--benign-column text`"
+    said = f"'{name}' of .*; found a int .* name the column of strings that counts, as in `--retain-column text`"
     with pytest.raises(UserError, match=said):
-        read_texts(source, column_flag="--benign-column")
+        read_texts(source, column_flag="--retain-column")
     assert read_texts(source, column="text").texts == ["words"]
 
 
@@ -162,12 +159,9 @@ def test_every_command_names_its_own_flag(tmp_path: Path, token_cache: Path) -> 
     good = written(tmp_path / "good.jsonl", jsonl({"text": "some words"}))
     bad = written(tmp_path / "bad.jsonl", jsonl({"text": "words", "title": 7}))
     model, tokenizer = str(tmp_path / "model"), tiny_tokenizer()
-    attack = TamperConfig(model=model, output="x", corpus=good, benign_corpus=bad, data=("mix",))
     calls = {
         "--forget-column": lambda: unlearning._read(TrainConfig(forget=bad), tokenizer, "forget"),
         "--retain-column": lambda: fit_lens._read(FitLensConfig(model=model, output="x", forget=good, retain=bad)),
-        "--benign-column": lambda: tamper._corpora(attack, tokenizer),
-        "--column": lambda: tamper._corpora(dataclasses.replace(attack, corpus=bad, benign_corpus=good), tokenizer),
     }
     for flag, call in calls.items():
         with pytest.raises(UserError, match=f"as in `{flag} text`"):

@@ -11,11 +11,10 @@ import pytest
 
 import launch.demo
 import launch.demo_sweep
-from evals.tamper_config import TamperConfig
-from evals.targets import parse_target
+from evals.attack.config import read_attacks
+from evals.judge.targets import parse_target
 from launch.demo import TARGETS, TASKS, report, table
 from launch.sweep_config import read_sweep
-from unlearn.config import parse_flags
 from unlearn.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -79,7 +78,7 @@ def test_demo_sweep_runs_commands_that_their_parsers_take(
     assert page == ["-m", "unlearn", "report", str(tmp_path / "sweep")]
     assert len(attack) == (best is not None)
     for words in attack:
-        config = parse_flags(TamperConfig, words[1:])
+        config = read_attacks(words[1:])
         assert (config.model, config.output) == (best, str(tmp_path / "attack-003"))
     (tmp_path / "world").mkdir()
     commands.clear()

@@ -8,8 +8,8 @@ import pytest
 import torch
 from test_commands import flags
 
+from evals.attack.config import TamperConfig
 from evals.eval_config import EvalConfig
-from evals.tamper_config import TamperConfig
 from unlearn import device
 from unlearn.config import TrainConfig
 from unlearn.device import choose_device, gpus_here

@@ -1,12 +1,20 @@
-"""docs/add-a-method.md, done as it says."""
+"""The pages with code in them, done as they say."""
 
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+from unlearn.config import configure
+from unlearn.optim.build import make_schedule
+from unlearn.run.log import MetricsLog
+from unlearn.trainer import train
+from unlearn.unlearning import build
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,3 +45,39 @@ def test_a_method_is_added_as_the_page_says(home: Path, tmp_path: Path) -> None:
         ).stdout
     )
     assert (tmp_path / "run/model/model.safetensors").exists()
+
+
+@pytest.mark.usefixtures("token_cache")
+def test_one_step_is_the_trainers_to_the_bit(home: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/one-step.md").read_text(), flags=re.DOTALL)
+    places = {"runs/world/model": home / "model", "runs/lens": home / "lens"}
+    places |= {name: home / name for name in ("forget.jsonl", "retain.jsonl")}
+    for name, place in places.items():
+        assert code.count(f'"{name}"') == 1
+        code = code.replace(f'"{name}"', repr(str(place)))
+    page: dict[str, Any] = {}
+    exec(code, page)
+
+    run = build(
+        configure(
+            model=str(home / "model"),
+            lens=str(home / "lens"),
+            forget=str(home / "forget.jsonl"),
+            retain=str(home / "retain.jsonl"),
+            layers=page["LAYERS"],
+            seq_len=page["SEQ_LEN"],
+            examples=page["EXAMPLES"],
+            batch=page["BATCH"],
+            micro_batch=page["BATCH"],
+            retain_start=page["RETAIN_START"],
+            dtype="fp32",
+        ),
+        torch.device("cpu"),
+    )
+    before = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
+    schedule = make_schedule("linear", run.steps)
+    with MetricsLog(None, run.steps, "test") as log:
+        train(run.model, run.loss, run.optimizers, steps=run.steps, schedule=schedule, log=log, clip=page["CLIP"])
+    assert run.steps == page["STEPS"]
+    for (name, found), expected in zip(page["model"].named_parameters(), run.model.parameters(), strict=True):
+        assert torch.equal(found, expected) and not torch.equal(found, before[name]), name

@@ -14,10 +14,10 @@ import pytest
 from evals_support import OracleModel, make_tokenizer, question, write_wmdp
 
 from evals.evaluation import Evaluation
-from evals.local_data import LocalData
-from evals.question_files import read_questions
-from evals.question_task import QuestionTask
-from evals.task_loader import load_tasks
+from evals.harness.local_data import LocalData
+from evals.harness.question_files import read_questions
+from evals.harness.question_task import QuestionTask
+from evals.harness.task_loader import load_tasks
 from unlearn.errors import UserError
 
 ROWS = [question(i, i % 4, i % 4 if i < 5 else 0) for i in range(7)]

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from evals.envelope import Gap, Point, envelope, peak, recovery
+from evals.judge.envelope import Gap, Point, envelope, peak, recovery
 
 FLOOR = {"mmlu": 0.5}
 

@@ -9,7 +9,7 @@ from evals_support import make_model, make_tokenizer, write_questions
 from lm_eval.evaluator import evaluate
 
 from evals.evaluation import BATCH_TOKENS, Evaluation
-from evals.lm import LiveModel
+from evals.harness.lm import LiveModel
 
 WORDS = "fox dog lazy planet red over again quick brown jumps the Which".split()
 Row = dict[str, Any]

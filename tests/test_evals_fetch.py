@@ -10,7 +10,7 @@ import pytest
 from evals_support import question, write_questions, write_stem, write_wmdp
 
 from evals import fetch as command
-from evals.task_loader import load_tasks, question_sources
+from evals.harness.task_loader import load_tasks, question_sources
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from lm_eval.evaluator import evaluate
 from evals import run
 from evals.eval_config import EvalConfig
 from evals.evaluation import BATCH_TOKENS, Evaluation
-from evals.lm import LiveModel
-from evals.verdict import judge
+from evals.harness.lm import LiveModel
+from evals.judge.verdict import judge
 from unlearn.errors import UserError
 from unlearn.model import save_model
 
@@ -106,7 +106,7 @@ def test_a_pool_is_a_row_over_all_questions_of_its_tasks(tmp_path: Path) -> None
 
 
 def run_target(text: str) -> Any:
-    from evals.targets import parse_target
+    from evals.judge.targets import parse_target
 
     return parse_target(text)
 

@@ -1,4 +1,4 @@
-"""`evals.lm` and `evals.plan` against lm-eval's own HFLM, and against the model's plain logits."""
+"""`evals.harness.lm` and `evals.harness.requests` against lm-eval's own HFLM, and against the model's plain logits."""
 
 import random
 from types import SimpleNamespace
@@ -13,9 +13,9 @@ from tokenizers import normalizers
 from torch import nn
 from transformers import PreTrainedModel
 
-from evals.encode import encode_pairs
-from evals.lm import LiveModel
-from evals.plan import make_plan
+from evals.harness.encode import encode_pairs
+from evals.harness.lm import LiveModel
+from evals.harness.requests import make_plan
 from unlearn.errors import UserError
 
 CONTEXT = "Which planet is red?\nA. fox\nB. dog\nAnswer:"
@@ -54,8 +54,8 @@ def test_log_likelihoods_equal_hflm(kind: str, positions: int, bos: bool) -> Non
     live = LiveModel(model, tokenizer, batch_tokens=100, truncate=positions == 24)
     found = live.loglikelihood(requests(PAIRS), disable_tqdm=True)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-    # float32 matrix products of other batch shapes round differently
-    assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], abs=1e-5)
+    # float32 matrix products of other batch shapes round differently: 2^-24 of a score at each of some sixteen products
+    assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], rel=2**-20, abs=1e-5)
     assert (live.plans[0].truncated > 0) == (positions == 24)
 
 

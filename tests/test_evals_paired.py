@@ -1,4 +1,4 @@
-"""Two evaluations of the same questions: `evals.paired`, `python -m evals.compare`, and `--baseline`."""
+"""Two evaluations of the same questions: `evals.judge.paired`, `python -m evals.compare`, and `--baseline`."""
 
 import json
 import random
@@ -10,9 +10,9 @@ import pytest
 from evals_samples import ABCD, answering, gather, sample
 
 from evals import compare as command
-from evals.answers import Letters
-from evals.paired import Record, compare, read_record, table
-from evals.stats import mcnemar
+from evals.judge.answers import Letters
+from evals.judge.paired import Record, compare, read_record, table
+from evals.judge.stats import mcnemar
 from unlearn.errors import UserError
 
 

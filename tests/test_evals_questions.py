@@ -16,10 +16,10 @@ from evals_support import (
     write_wmdp,
 )
 
-from evals.choice_orders import depends_on_order
 from evals.evaluation import Evaluation
-from evals.question_task import allocate
-from evals.stats import wilson_interval
+from evals.harness.choice_orders import depends_on_order
+from evals.harness.question_task import allocate
+from evals.judge.stats import wilson_interval
 from unlearn.errors import UserError
 
 SUBSETS = {

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from evals_samples import ABCD, answering, gather, keys_of, sample, summary_of
 
-from evals.answers import Letters, collect, debias_small
-from evals.letters import describe_letters
-from evals.stats import wilson_interval
-from evals.summary import summarise
+from evals.judge.answers import Letters, collect, debias_small
+from evals.judge.letters import describe_letters
+from evals.judge.stats import wilson_interval
+from evals.judge.summary import summarise
 from unlearn.errors import UserError
 
 

@@ -14,14 +14,14 @@ from conftest import tiny_model, tiny_tokenizer
 from evals_support import question, write_questions, write_stem, write_wmdp
 
 from evals import tamper
+from evals.attack.overlap import contained, overlap_warnings
 from evals.evaluation import Evaluation
-from evals.original import original_accuracies
-from evals.overlap import contained, overlap_warnings
-from evals.summary import summarise
-from unlearn.checkpoint import Checkpoints
-from unlearn.data import read_corpus
+from evals.judge.original import original_accuracies
+from evals.judge.summary import summarise
+from unlearn.corpus import read_corpus
 from unlearn.errors import UserError
 from unlearn.model import fresh_weights, load_model, load_tokenizer, save_model
+from unlearn.run.checkpoint import Checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(home: Path, data: Path, output: Path, *more: object) -> list[str]:
-    flags = ["tamper.py", "--model", home / "model", "--corpus", home / "forget.jsonl", "--output", output]
+    flags = ["tamper.py", "--model", home / "model", "--forget", home / "forget.jsonl", "--output", output]
     flags += "--batch 4 --micro-batch 2 --seq-len 24 --eval-every 2 --dtype fp32 --eval-tasks wmdp_bio".split()
     flags += ["world_general_cloze", "--general-tasks", "world_general_cloze", "--data-dir", data, *more]
     return [str(word) for word in flags]
@@ -86,8 +86,8 @@ def test_fresh_weights_are_those_of_an_untrained_model(tmp_path: Path, kind: str
 
 
 def test_a_grid_with_controls(home: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    benign = ["--data", "forget", "mix", "--benign-corpus", home / "retain.jsonl"]
-    grid = ["--lr", 1e-2, "--lora-rank", 0, 2, *benign, "--examples", 8, "--steps", 4]
+    grid = ["--grid", "lora-rank=0,2", "data=forget,mix", "--retain", home / "retain.jsonl"]
+    grid += ["--adam-lr", 1e-2, "--examples", 8, "--steps", 4]
     grid += ["--split-by", "attacked", "--general-drop", 1.0]
     controls = ["--control", "random", "--control", f"original={home / 'model'}"]
     found = attack(monkeypatch, words(home, data, tmp_path / "out", *grid, *controls))
@@ -147,7 +147,7 @@ def test_recovery_against_results_of_the_original(
     home: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The reference says that the original knew every answer; the attack cannot bring that back in three steps."""
-    flags = words(home, data, tmp_path / "out", "--examples", 12, "--split-by", "attacked", "--lr", 1e-3)
+    flags = words(home, data, tmp_path / "out", "--examples", 12, "--split-by", "attacked", "--adam-lr", 1e-3)
     write = {task: {**asked, "right": [1] * len(asked["ids"])} for task, asked in _asked(home, data).items()}
     results = tmp_path / "before/results_1.json"
     results.parent.mkdir()
@@ -192,13 +192,13 @@ def _asked(home: Path, data: Path) -> dict[str, Any]:
 def test_an_attack_that_diverges_is_a_result(
     home: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grid = ["--lr", "1e30", "1e-3", "--examples", 16, "--eval-every", 1]
+    grid = ["--grid", "adam-lr=1e30,1e-3", "--examples", 16, "--eval-every", 1]
     found = attack(monkeypatch, words(home, data, tmp_path / "out", *grid))
     broken, sound = found["subjects"]["unlearned"]["attacks"].values()
     assert "NaN" in broken["diverged"] and len(broken["points"]) < 5
     assert sound["diverged"] is None and [point["step"] for point in sound["points"]] == [0, 1, 2, 3, 4]
     (warning,) = [warning for warning in found["warnings"] if "diverged" in warning]
-    assert "full-lr1e+30-linear-forget-16 on unlearned" in warning
+    assert "adam-lr=1e30 on unlearned" in warning
     assert found["subjects"]["unlearned"]["envelope"]["wmdp_bio"][-1]["measured"] == 1
 
 
@@ -217,7 +217,7 @@ def test_questions_in_the_attack_text_are_said(
     asked.append(asked[0] | {"question": "Is 7 a, b or c?"})
     write_wmdp(leaking, asked)
     flags = words(home, leaking, tmp_path / "out", "--examples", 8, "--seq-len", 100)
-    flags[flags.index("--corpus") + 1] = str(text)
+    flags[flags.index("--forget") + 1] = str(text)
     found = attack(monkeypatch, flags)
     assert sum("word for word (1 of 8 of wmdp_bio" in warning for warning in found["warnings"]) == 1
     assert "warning: the forget text of the attack holds questions" in capsys.readouterr().out
@@ -227,7 +227,7 @@ def test_killed_anywhere_a_grid_ends_in_the_same_file(
     home: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed in its first attack, in its last, and between two; what is finished is not done again."""
-    grid = ["--lora-rank", 2, 0, "--examples", 12, "--lr", 1e-3, "--control", "random", "--save-every", 1]
+    grid = ["--grid", "lora-rank=2,0", "--examples", 12, "--adam-lr", 1e-3, "--control", "random", "--save-every", 1]
     whole = attack(monkeypatch, words(home, data, tmp_path / "whole", *grid))
     flags, steps = words(home, data, tmp_path / "killed", *grid), 0
     for number in (2, 5, 12):
@@ -240,8 +240,8 @@ def test_killed_anywhere_a_grid_ends_in_the_same_file(
     assert _apart_from(again, tmp_path / "killed") == _apart_from(whole, tmp_path / "whole")
     runs = sorted((tmp_path / "killed/attacks").rglob("run.json"))
     assert len(runs) == 4 and sum(len(json.loads(run.read_text())["attempts"]) for run in runs) == 7
-    with pytest.raises(UserError, match="--lr 0.001, not 0.002"):
-        attack(monkeypatch, [*flags, "--lr", "2e-3"])
+    with pytest.raises(UserError, match="--adam-lr 0.001, not 0.002"):
+        attack(monkeypatch, [*flags, "--adam-lr", "2e-3"])
 
 
 def _killed_at(step: int) -> Any:
@@ -263,8 +263,10 @@ def _apart_from(found: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def test_a_saved_lora_attack_is_merged(home: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    attack(monkeypatch, words(home, data, tmp_path / "out", "--lora-rank", 2, "--examples", 12, "--save-model"))
-    before, after = (load_model(str(folder / "model")).state_dict() for folder in (home, tmp_path / "out"))
+    attack(monkeypatch, words(home, data, tmp_path / "out", "--lora-rank", 2, "--examples", 12, "--export"))
+    before, after = (
+        load_model(str(folder / "model")).state_dict() for folder in (home, tmp_path / "out/attacks/unlearned/attack")
+    )
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert before.keys() == after.keys() and moved and all(name.endswith("weight") for name in moved)
     assert not any("embed" in name or "lm_head" in name for name in moved)
@@ -274,7 +276,7 @@ def test_a_saved_lora_attack_is_merged(home: Path, data: Path, tmp_path: Path, m
     ("more", "said"),
     [
         (["--control", "original=/nowhere/model"], "--control original: .*found nothing at /nowhere/model"),
-        (["--examples", "400", "500"], "draw different windows; found 400 and 500, both"),
+        (["--grid", "examples=400,500"], "draw different windows; found examples=400 and examples=500, both"),
         (["--reference", "/nowhere"], "expected results at /nowhere"),
     ],
 )
@@ -301,7 +303,7 @@ def test_a_control_with_fewer_rows_than_the_model(
     (tmp_path / "x.jsonl").write_text(json.dumps({"text": "some words and <other> words"}) + "\n")
     flags = words(home, data, tmp_path / "out", "--control", f"never-seen={tmp_path / 'fewer'}")
     flags[flags.index("--model") + 1] = str(tmp_path / "model")
-    flags[flags.index("--corpus") + 1] = str(tmp_path / "x.jsonl")
+    flags[flags.index("--forget") + 1] = str(tmp_path / "x.jsonl")
     with pytest.raises(UserError, match=r"expected tokens below 301, .*fewer; found the token 301 in .*x.jsonl"):
         attack(monkeypatch, flags)
 

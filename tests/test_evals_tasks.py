@@ -19,7 +19,7 @@ from evals_support import (
 )
 
 from evals.evaluation import Evaluation
-from evals.task_loader import compiled_templates, load_tasks
+from evals.harness.task_loader import compiled_templates, load_tasks
 from unlearn.errors import UserError
 from unlearn.files import file_hash
 
@@ -238,7 +238,7 @@ def test_any_task_of_lm_eval_is_found_without_reading_all() -> None:
     """A task, a group whose members are elsewhere, and a tag; as lm-eval's own index has them."""
     from lm_eval.tasks import TaskManager
 
-    from evals.task_loader import _leaves, _manager, _members
+    from evals.harness.task_loader import _leaves, _manager, _members
 
     everything = TaskManager()
     for name in ("hellaswag", "arc_challenge", "mmlu_pro", "ai2_arc", "mmlu_stem_tasks", "super-glue-lm-eval-v1"):

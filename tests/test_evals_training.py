@@ -47,7 +47,7 @@ def test_attack_measures_the_same_suite(home: Path, tmp_path: Path) -> None:
     write_wmdp(tmp_path / "data", [question(i, i % 4, None) for i in range(30)])
     run(
         1,
-        *("evals/tamper.py", "--model", home / "model", "--corpus", home / "forget.jsonl", "--dtype", "fp32"),
+        *("evals/tamper.py", "--model", home / "model", "--forget", home / "forget.jsonl", "--dtype", "fp32"),
         *("--output", tmp_path / "attack", "--batch", 4, "--examples", 10, "--seq-len", 24, "--eval-every", 2),
         *("--eval-tasks", "wmdp_bio", "--data-dir", tmp_path / "data", "--eval-subsample", 9),
     )

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from evals_samples import ABCD, answering, summary_of
 
-from evals.answers import Letters
-from evals.targets import Target, check_targets, parse_target
-from evals.verdict import judge
+from evals.judge.answers import Letters
+from evals.judge.targets import Target, check_targets, parse_target
+from evals.judge.verdict import judge
 from unlearn.errors import UserError
 
 

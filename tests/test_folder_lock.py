@@ -16,13 +16,13 @@ from test_evals_tamper import words
 from evals import tamper
 from unlearn.__main__ import main as unlearn_main
 from unlearn.errors import UserError
-from unlearn.folder_lock import LOCK, locked
+from unlearn.run.lock import LOCK, locked
 
 ROOT = Path(__file__).parents[1]
 HOLD = """
 import sys, time
 from pathlib import Path
-from unlearn.folder_lock import locked
+from unlearn.run.lock import locked
 with locked(Path(sys.argv[1]), "run"):
     print("held", flush=True)
     time.sleep(60)
@@ -78,7 +78,7 @@ def test_a_file_system_without_locks_is_warned_of(
     def refuse(*_: object) -> None:
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr("unlearn.folder_lock.fcntl.flock", refuse)
+    monkeypatch.setattr("unlearn.run.lock.fcntl.flock", refuse)
     with locked(tmp_path / LOCK, "run"):
         pass
     assert "warning: expected a file system with locks" in capsys.readouterr().err

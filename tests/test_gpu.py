@@ -10,6 +10,7 @@ from test_losses import language_model
 from test_methods import config, gradients_of
 
 from unlearn.losses import logits_of
+from unlearn.seeding import dropped, keep_mask
 from unlearn.unlearning import build
 from unlearn.weights import local_rows
 
@@ -57,6 +58,18 @@ def test_bf16_steps_stay_finite(home: Path, mode: str) -> None:
         for optimizer in run.optimizers.values():
             optimizer.step()
             optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "positions", "features"), [(2, 7, 1500), (3, 5, 1), (1, 1, 1024)])
+def test_the_dropout_kernel_has_the_masks_bits(dtype: torch.dtype, rows: int, positions: int, features: int) -> None:
+    keys = torch.randint(0, 2**31 - 1, (rows,), generator=torch.Generator().manual_seed(0))
+    x = torch.randn(rows, positions, features, dtype=dtype, device="cuda", requires_grad=True)
+    found, mask = dropped(x, keys.cuda(), 0.3), keep_mask(keys, positions, features, 0.3).cuda()
+    assert torch.equal(found, x * mask)
+    upstream = torch.randn_like(found)
+    found.backward(upstream)
+    assert x.grad is not None and torch.equal(x.grad, upstream * mask)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

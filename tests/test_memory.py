@@ -68,12 +68,30 @@ SLOW_MODES: dict[str, tuple[int, dict[str, Any]]] = {
     "offloaded reference": (4, {"offload_reference": True}),
     "all activations": (4, {"checkpoint_activations": False}),
 }
+ATTACKS: dict[str, tuple[int, dict[str, Any]]] = {
+    "sharded on 4": (4, {}),
+    "alone": (1, {}),
+    "lora": (2, {"lora_rank": 8}),
+    "lora, sharded": (4, {"lora_rank": 8, "shard": "full"}),
+    "float32, one window": (2, {"dtype": "fp32", "micro_batch": 1}),
+    "all activations": (4, {"checkpoint_activations": False}),
+}
 
 
 @pytest.mark.parametrize("mode", [*MODES, *(pytest.param(mode, marks=pytest.mark.slow) for mode in SLOW_MODES)])
 def test_formula_is_within_a_tenth_of_the_simulation(folder: str, mode: str) -> None:
     ranks, flags = (MODES | SLOW_MODES)[mode]
     config = configured(folder, **flags)
+    layout = Layout.of(config, ranks, ranks)
+    planned = peak_gib(config, Shape.of(empty_model(folder)), layout, needs_of(config))
+    assert planned == pytest.approx(simulated_peak(config, layout) / GIB, rel=0.10)
+
+
+@pytest.mark.parametrize("mode", ATTACKS)
+def test_formula_of_an_attack_is_within_a_tenth_of_the_simulation(folder: str, mode: str) -> None:
+    """One term, no original: another moment is the fullest."""
+    ranks, flags = ATTACKS[mode]
+    config = configure("next-token", model=folder, seq_len=256, **({"micro_batch": 4} | flags))
     layout = Layout.of(config, ranks, ranks)
     planned = peak_gib(config, Shape.of(empty_model(folder)), layout, needs_of(config))
     assert planned == pytest.approx(simulated_peak(config, layout) / GIB, rel=0.10)

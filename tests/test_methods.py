@@ -273,8 +273,10 @@ def test_flags_of_one_method_are_refused_with_another(capsys: pytest.CaptureFixt
     for line in ("--method rmu --remove-coef 3", "--steering 2", "--method=next-token --layers 2", "--method none"):
         with pytest.raises(SystemExit):
             parse_method_flags(TrainConfig, line.split())
-    with pytest.raises(UserError, match="--retain has no effect with a method that has no retain loss"):
+    with pytest.raises(UserError, match="--retain has no effect with --data forget"):
         configure("next-token", retain="x.jsonl")
+    with pytest.raises(UserError, match="--offload-reference has no effect with a method that has no retain loss"):
+        configure("next-token", offload_reference=True, shard="full")
     with pytest.raises(UserError, match="--layers to be one or more different layers"):
         configure("rmu", layers=())
     with pytest.raises(UserError, match="--layers in 0..4"):

@@ -69,7 +69,8 @@ def test_gradients_through_streams(checkpointing: bool) -> None:
         if other.grad is None or not other.grad.any():
             assert parameter.grad is None or not parameter.grad.any(), name
         else:
-            torch.testing.assert_close(parameter.grad, other.grad, msg=name)
+            # single numbers may cancel: a rounding of the whole norm for each sum that a row takes part in
+            assert (parameter.grad - other.grad).norm() <= 2**-24 * INPUT.numel() * DEPTH * other.grad.norm(), name
 
 
 def test_disable_dropout() -> None:

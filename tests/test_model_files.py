@@ -15,7 +15,7 @@ from conftest import random_lens, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from unlearn.corpus import read_texts
+from unlearn.corpus_texts import read_texts
 from unlearn.errors import UserError
 from unlearn.lens import TunedLens
 from unlearn.lens_readings import encode_prompts

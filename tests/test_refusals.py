@@ -14,14 +14,15 @@ from conftest import WIDTH, WORDS, write_corpus
 from test_checkpoint import half_done  # noqa: F401
 from test_commands import flags
 
-from evals.tamper_config import TamperConfig
-from unlearn.config import configure
-from unlearn.data import Batches, Corpus
+from evals.attack.config import TamperConfig
+from unlearn.batches import Batches
+from unlearn.config import config_of, configure
+from unlearn.corpus import Corpus
 from unlearn.errors import UserError
 from unlearn.files import size
 from unlearn.model import load_config
 from unlearn.plan_config import PlanConfig
-from unlearn.preflight import check_apart, check_disk
+from unlearn.run.preflight import check_apart, check_disk
 from unlearn.unlearning import assemble
 
 pytestmark = pytest.mark.usefixtures("token_cache")
@@ -153,7 +154,7 @@ def test_a_model_deeper_than_any(home: Path, tmp_path: Path) -> None:
 
 def test_a_task_of_an_attack_twice() -> None:
     with pytest.raises(UserError, match="found 'wmdp_bio' twice"):
-        TamperConfig(model="m", output="o", corpus="c", eval_tasks=("wmdp_bio", "wmdp_bio"))
+        config_of("next-token", TamperConfig)(model="m", output="o", forget="c", eval_tasks=("wmdp_bio", "wmdp_bio"))
 
 
 @pytest.mark.parametrize("given", [{"batch": 1}, {"world_size": 10**12}, {"examples": 3}], ids=str)
@@ -167,7 +168,7 @@ def test_sizes_of_small_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """0.0 GiB were expected, and 0.0 GiB found."""
     said = {0: "0 bytes", 1023: "1023 bytes", 1024: "1.0 KiB", 5 * 2**19: "2.5 MiB", 2**40: "1024.0 GiB"}
     assert {count: size(count) for count in said} == said
-    monkeypatch.setattr("unlearn.preflight.shutil.disk_usage", lambda _: type("Usage", (), {"free": 4 * 2**20}))
+    monkeypatch.setattr("unlearn.run.preflight.shutil.disk_usage", lambda _: type("Usage", (), {"free": 4 * 2**20}))
     with pytest.raises(UserError, match=r"expected 5\.0 MiB .* found 4\.0 MiB"):
         check_disk(tmp_path, checkpoint=2**20, count=2, export=3 * 2**20)
 
@@ -180,7 +181,7 @@ def test_the_checkpoints_disk_is_the_one_that_they_lie_on(tmp_path: Path, monkey
     def usage(place: Path) -> object:
         return type("Usage", (), {"free": 100 if place.name == "checkpoints" else 10})
 
-    monkeypatch.setattr("unlearn.preflight.shutil.disk_usage", usage)
+    monkeypatch.setattr("unlearn.run.preflight.shutil.disk_usage", usage)
     check_disk(tmp_path / "run", checkpoint=50, count=2, export=10)
     for sizes in ({"checkpoint": 51, "export": 0}, {"checkpoint": 1, "export": 11}):
         with pytest.raises(UserError, match="of free disk"):

@@ -13,16 +13,16 @@ from evals_support import question, write_wmdp
 from report_support import make_run, numbers, report, result, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import launch.report
 import train
-import unlearn.report
+from launch.report import write_report
+from launch.report.config import ReportConfig
+from launch.report.origins import command
+from launch.report.record import read_record
 from unlearn.config import TrainConfig, parse_method_flags
 from unlearn.errors import UserError
 from unlearn.lens import TunedLens
 from unlearn.lens_readings import LONGEST
-from unlearn.report import write_report
-from unlearn.report.origins import command
-from unlearn.report.record import read_record
-from unlearn.report_config import ReportConfig
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_without_matplotlib_it_says_what_to_install(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unlearn.report.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr(launch.report.importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(UserError, match=re.escape("pip install 'unlearn[report]'")):
         write_report(ReportConfig(str(run)))
 

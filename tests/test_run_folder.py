@@ -8,7 +8,7 @@ import pytest
 from test_checkpoint import half_done  # noqa: F401
 
 from unlearn.errors import UserError
-from unlearn.run_folder import check_output
+from unlearn.run.folder import check_output
 
 pytestmark = pytest.mark.usefixtures("token_cache")
 

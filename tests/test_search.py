@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from evals.targets import parse_target
-from evals.verdict import judge
+from evals.judge.targets import parse_target
+from evals.judge.verdict import judge
 from launch.search import Outcome, Space, State, Values, classify, confirmed, next_point
 
 FLAGS = {

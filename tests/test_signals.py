@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 COMMAND = """
 import time
-from unlearn.signals import EarlyStop
+from unlearn.run.signals import EarlyStop
 with EarlyStop({folder!r}):
     print("ready", flush=True)
     time.sleep(30)

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from evals_support import question, write_wmdp
 
-from evals.targets import parse_target
-from evals.verdict import judge
+from evals.judge.targets import parse_target
+from evals.judge.verdict import judge
 from launch.search import classify
 from launch.sweep import read_records, run_sweep
 from launch.sweep_config import Sweep, read_sweep

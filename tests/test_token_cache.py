@@ -9,7 +9,7 @@ import pytest
 from conftest import WORDS, write_corpus
 from transformers import PreTrainedTokenizerFast
 
-from unlearn.data import Corpus, read_corpus
+from unlearn.corpus import Corpus, read_corpus
 from unlearn.errors import UserError
 
 

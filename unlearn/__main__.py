@@ -6,12 +6,12 @@ from typing import Annotated, Any
 
 import tyro
 
+from launch.report.config import ReportConfig
 from unlearn.config import config_of, named_method, parse_flags
 from unlearn.errors import run_command
 from unlearn.fit_config import FitLensConfig
 from unlearn.plan_config import PlanConfig
-from unlearn.report_config import ReportConfig
-from unlearn.signals import EarlyStop
+from unlearn.run.signals import EarlyStop
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def main() -> None:
 
         plan(command)
     elif isinstance(command, ReportConfig):
-        from unlearn.report import write_report
+        from launch.report import write_report
 
         write_report(command)
     else:

@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unlearn.batches import Batches
 from unlearn.building import method_parts, method_terms, trained_model
 from unlearn.config import TrainConfig
-from unlearn.data import Batches, Corpus
+from unlearn.corpus import Corpus
 from unlearn.lens import TunedLens
 from unlearn.memory import micro_tokens
 from unlearn.methods.terms import Needs
@@ -48,5 +49,5 @@ def full_windows(config: TrainConfig, world_size: int, micro_batches: int = 2, s
     corpus = Corpus("full windows", count, [np.zeros(config.seq_len, dtype=np.int32)] * count)
     return {
         tag: Batches(corpus, examples=count, total=count, batch=batch, seed=0, tag=tag, micro_batch=rows)
-        for tag in ("forget", "retain")
+        for tag in ("forget", "retain", "mix")
     }

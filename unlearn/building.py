@@ -9,12 +9,12 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
+from unlearn.batches import Batches
 from unlearn.config import TrainConfig
-from unlearn.data import Batches
 from unlearn.lens import TunedLens
 from unlearn.lora import add_lora, lora_disabled
 from unlearn.methods import method_module
-from unlearn.methods.terms import Needs, Original, Parts, Term
+from unlearn.methods.terms import Needs, Original, Parts, Phase, Term
 from unlearn.model import disable_dropout, empty_model
 from unlearn.precision import DTYPES, Precision, autocast
 from unlearn.sharding import checkpoint_blocks, compile_blocks, shard
@@ -75,11 +75,18 @@ def original_model(config: TrainConfig, mesh: DeviceMesh | None, needs: Sequence
     """
     if config.lora_rank > 0 or not any(term.original for term in needs):
         return None
+    return frozen_model(config, config.model, mesh, revision=config.revision, offload=config.offload_reference)
+
+
+def frozen_model(
+    config: TrainConfig, path: str, mesh: DeviceMesh | None, *, revision: str | None = None, offload: bool = False
+) -> PreTrainedModel:
+    """A model beside the one in training, on the meta device, that computes in the same precision."""
     dtype = master_dtype(config) if mesh is None else DTYPES[config.dtype]
-    model = empty_model(config.model, revision=config.revision, dtype=dtype).requires_grad_(False)
+    model = empty_model(path, revision=revision, dtype=dtype).requires_grad_(False)
     disable_dropout(model)
     if mesh is not None:
-        shard(model, mesh, compute=DTYPES[config.dtype], offload=config.offload_reference)
+        shard(model, mesh, compute=DTYPES[config.dtype], offload=offload)
     return model
 
 
@@ -90,6 +97,7 @@ def method_parts(
     batches: Mapping[str, Batches],
     lens: Callable[[tuple[int, ...]], TunedLens],
     device: torch.device,
+    teacher: Callable[[str], PreTrainedModel] = empty_model,
 ) -> Parts:
     """What the method may ask for; without an `original`, that is `model` with its adapters switched off."""
     before: Original = partial(without_adapters, model)
@@ -102,13 +110,19 @@ def method_parts(
         batches=batches,
         lens=lens,
         seed=config.seed,
+        teacher=teacher,
     )
 
 
+def method_phases(config: TrainConfig, parts: Parts) -> list[Phase]:
+    """What --method makes of these parts: its phases, or the one of its terms."""
+    module = method_module(config.method)
+    return module.phases(config, parts) if hasattr(module, "phases") else [Phase("", module.terms(config, parts))]
+
+
 def method_terms(config: TrainConfig, parts: Parts) -> list[Term]:
-    """The terms of the loss that --method makes of these parts."""
-    found: list[Term] = method_module(config.method).terms(config, parts)
-    return found
+    """The terms of all phases."""
+    return [term for phase in method_phases(config, parts) for term in phase.terms]
 
 
 @contextmanager

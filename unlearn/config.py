@@ -32,7 +32,11 @@ ADAM = Only(lambda config: config.uses_adam, "with --optimizer muon and LoRA")
 EVALUATES = Only(lambda config: bool(config.eval_tasks), "without --eval-tasks")
 FORGETS = Only(lambda config: getattr(config, "remove_coef", 1.0) != 0.0, "with --remove-coef 0")
 HAS_RETAIN = Only(lambda config: hasattr(config, "retain_coef"), "with a method that has no retain loss")
-RETAINS = Only(lambda config: getattr(config, "retain_coef", 0.0) != 0.0, "with --retain-coef 0")
+RETAINS = Only(lambda config: getattr(config, "retain_coef", 1.0) != 0.0, "with --retain-coef 0")
+MAY_RETAIN = Only(lambda config: hasattr(config, "retain_coef") or hasattr(config, "data"), HAS_RETAIN.otherwise)
+TAKES_FORGET = Only(lambda config: getattr(config, "data", "forget") != "retain", "with --data retain")
+TAKES_RETAIN = Only(lambda config: getattr(config, "data", "retain") != "forget", "with --data forget")
+COUNTS_EPOCHS = Only(lambda config: config.steps is None, "beside --steps")
 HYBRID = Only(lambda config: config.shard == "hybrid", "without --shard hybrid")
 COUNTED = Only(lambda config: config.micro_tokens is None, "with --micro-tokens")
 COPIED = Only(lambda config: config.lora_rank == 0, "with LoRA, whose original is the model without adapters")
@@ -43,20 +47,20 @@ SHARDED = Only(lambda config: config.shard != "replicate", "with --shard replica
 class CorpusFlags:
     """Where forget and retain text come from."""
 
-    forget: str = flag(FORGET, only=FORGETS)
+    forget: str = flag(FORGET, only=(FORGETS, TAKES_FORGET))
     """Forget corpus: a .jsonl, .json, .csv, .parquet or .txt file (a document a line; text also .gz or .zst), a folder
     of .jsonl or .parquet files, a saved `datasets` folder, or a hub name, NAME[:CONFIG]."""
-    forget_column: str | None = flag(only=FORGETS)
+    forget_column: str | None = flag(only=(FORGETS, TAKES_FORGET))
     """Text column of the forget corpus. Default: title, abstract and text joined by blank lines, else `page`. Only
     strings are text."""
-    forget_template: str | None = flag(only=FORGETS)
+    forget_template: str | None = flag(only=(FORGETS, TAKES_FORGET))
     """Text of a forget document built from its columns, e.g. '{title}\\n\\n{abstract}\\n\\n{text}'; it names columns
     and nothing else."""
-    retain: str = flag(RETAIN, only=(HAS_RETAIN, RETAINS))
+    retain: str = flag(RETAIN, only=(MAY_RETAIN, RETAINS, TAKES_RETAIN))
     """Retain corpus, in the same forms."""
-    retain_column: str | None = flag(only=(HAS_RETAIN, RETAINS))
+    retain_column: str | None = flag(only=(MAY_RETAIN, RETAINS, TAKES_RETAIN))
     """Text column of the retain corpus. Default: as for the forget corpus."""
-    retain_template: str | None = flag(only=(HAS_RETAIN, RETAINS))
+    retain_template: str | None = flag(only=(MAY_RETAIN, RETAINS, TAKES_RETAIN))
     """Text of a retain document built from its columns."""
 
     def check_text(self) -> None:
@@ -122,6 +126,8 @@ class TrainConfig(CorpusFlags, ResumeFlags, DeviceFlags):
     """Model to unlearn: a local folder or a hub name."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
+    fresh_weights: bool = False
+    """Take the model's configuration alone and draw its weights anew, from --seed: a control that never learned."""
     lora_rank: int = flag(0, least=0)
     """Rank of the LoRA adapters; 0 trains every parameter. Published: 16."""
     lora_alpha: float | None = flag(published=16.0, above=0.0, only=LORA)
@@ -154,14 +160,19 @@ class TrainConfig(CorpusFlags, ResumeFlags, DeviceFlags):
     clip: float = flag(1.0, above=0.0, infinite=True)
     """Largest norm of the whole gradient; inf to leave it alone. Published: 1.0."""
     warmup_ratio: float = flag(0.0, least=0.0, below=1.0)
-    """Share of the steps over which the learning rate rises to its peak; it then falls linearly to 0."""
+    """Share of the steps over which the learning rate rises to its peak."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """What the learning rate does after its peak: stay, or fall to 0 along a line or half a cosine."""
 
     examples: int | None = flag(published=by_mode(lora=8192, full=1024), least=1)
     """Windows drawn from each corpus for an epoch. Published: 8192 with LoRA, 1024 full."""
-    epochs: int = flag(1, least=1)
+    epochs: int = flag(1, least=1, only=COUNTS_EPOCHS)
     """Passes over the forget windows. Published: 1."""
+    steps: int | None = flag(least=1)
+    """Optimizer steps, in as many passes as they take, in place of --epochs."""
     batch: int = flag(32, least=1)
-    """Forget windows, and retain windows, of one optimizer step, over all ranks. Published: 32."""
+    """Forget windows, and retain windows, of one optimizer step, over all ranks; all of --examples where they are
+    fewer. Published: 32."""
     micro_batch: int | None = flag(published=1, least=1, only=COUNTED)
     """Most windows of one forward pass on one rank; changes memory and speed, not the result."""
     micro_tokens: int | None = flag(least=1)
@@ -200,6 +211,10 @@ class TrainConfig(CorpusFlags, ResumeFlags, DeviceFlags):
     """Evaluate only the first N questions of each task."""
     eval_subsample: int | None = flag(least=1, only=EVALUATES)
     """Evaluate only N questions of each of --eval-tasks, shared out among its subjects, the same ones every time."""
+    split_by: str | None = flag(only=EVALUATES)
+    """Also report accuracy apart for each value of this column of the questions."""
+    export: bool = True
+    """Write model/, and with LoRA adapter/, after the last step."""
     log_every: int = flag(1, least=1)
     """Optimizer steps between lines of metrics.jsonl."""
 
@@ -313,9 +328,9 @@ def parse_method_flags(base: type[TrainConfig], arguments: Sequence[str] | None 
     return parse_flags(config_of(named_method(words), base), words)  # type: ignore[arg-type]
 
 
-def named_method(words: Sequence[str]) -> str:
-    """The method that a command line names; the default where it names none, or one that is none, which is the parser's
+def named_method(words: Sequence[str], otherwise: str = "lens") -> str:
+    """The method that a command line names; `otherwise` where it names none, or one that is none, which is the parser's
     to refuse."""
     given = [word.partition("=")[2] for word in words if word.startswith("--method=")]
     given += [after for word, after in itertools.pairwise(words) if word == "--method"]
-    return given[-1] if given and given[-1] in METHODS else "lens"
+    return given[-1] if given and given[-1] in METHODS else otherwise

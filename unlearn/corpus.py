@@ -1,158 +1,98 @@
-"""A corpus as text: which of its columns count, and the text of every document. `corpus_files.py` reads the rows.
+"""Text -> token windows.
 
-Only strings are text. A list, a number, a class label or bytes would become what Python prints for them, which no
-author wrote; they are refused.
+A corpus is read whole (`corpus_texts.py`) and tokenised once (`token_cache.py`). A document longer than a window
+becomes several windows of nearly equal length, and none of it is dropped.
 """
 
-import string
-from collections.abc import Callable, Iterable, Sequence
+import hashlib
+import math
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
-from unlearn.corpus_files import Part, read_parts
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from unlearn.corpus_texts import read_texts
+from unlearn.distributed import is_main, main_first
 from unlearn.errors import UserError
-
-JOINED = ("title", "abstract", "text")
-Column = Callable[[str], str | None]  # a column's name -> the string that a row has there, None where it has none
-Compose = Callable[[Column], str]  # a row -> the text of its document
+from unlearn.token_cache import tokenise
 
 
 @dataclass(frozen=True)
-class Texts:
-    """The text of every row of a corpus, empty where a row has none.
+class Corpus:
+    """The windows of a corpus.
 
     Attributes:
-        parts: where they came from, and how many of each.
+        name: where the text came from.
+        documents: how many documents with any text there are.
+        windows: int32 token ids of each window.
     """
 
-    texts: list[str]
-    parts: list[tuple[Part, int]]
+    name: str
+    documents: int
+    windows: list[np.ndarray]
 
-    def place(self, index: int) -> str:
-        """Where a document stands, for a message."""
-        for part, count in self.parts:
-            if index < count:
-                return part.place(index)
-            index -= count
-        raise IndexError(index)
+    def keys(self) -> set[bytes]:
+        """A digest of each window's token ids."""
+        return {
+            hashlib.blake2b(np.ascontiguousarray(w, dtype="<i4").data, digest_size=16).digest() for w in self.windows
+        }
+
+    def sha256(self) -> str:
+        """Digest of every window's length and token ids, in their order."""
+        digest = hashlib.sha256()
+        for window in self.windows:
+            digest.update(len(window).to_bytes(8, "little") + np.ascontiguousarray(window, dtype="<i4").tobytes())
+        return digest.hexdigest()
 
 
-def read_texts(
-    source: str, *, column: str | None = None, template: str | None = None, column_flag: str = "--column"
-) -> Texts:
-    """Read the text of every document of a corpus.
+def read_corpus(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seq_len: int,
+    column: str | None = None,
+    template: str | None = None,
+    column_flag: str = "--column",
+) -> Corpus:
+    """Read and tokenise a corpus. Documents of a single token, which have nothing to predict, are left out and counted.
 
     Args:
-        source, column, template, column_flag: as `data.read_corpus` has them.
+        source: a .jsonl, .json, .csv, .parquet or .txt file (a document a line), text also as .gz or .zst; a folder of
+            .jsonl or .parquet files, or one that `datasets` saved; or a hub name, NAME or NAME:CONFIG, of which the
+            split `train` is read.
+        seq_len: the longest window, in tokens.
+        column, template: which text of a row counts (see `config.TrainConfig`).
+        column_flag: what the command calls `column` of this corpus, for messages.
 
     Raises:
-        UserError: nothing there, not readable, no such column, or a value that is no text.
+        UserError: nothing there, not readable, no such column, something else than text, or no document with two
+            tokens.
     """
-    parts = read_parts(source)
-    wanted, compose = _choice(source, parts, column, template)
-    remedy = "give a column of strings, or a template over some"
-    if column is None and template is None:
-        remedy = f"name the column of strings that counts, as in `{column_flag} text`, or give a template over some"
-    texts: list[str] = []
-    counts: list[tuple[Part, int]] = []
-    for part in parts:
-        before = len(texts)
-        texts += _part_texts(part, [name for name in wanted if name in part.columns], compose, remedy)
-        counts.append((part, len(texts) - before))
-    return Texts(texts, counts)
-
-
-def _part_texts(part: Part, names: Sequence[str], compose: Compose, remedy: str) -> Iterable[str]:
-    for name in names:
-        if part.columns.count(name) > 1:
-            raise UserError(
-                f"expected one column {name!r} in {part.name}; found {part.columns.count(name)}: rename one"
-            )
-    for index, row in enumerate(part.read(names)):
-        yield compose(partial(_string, part, index, dict(zip(names, row, strict=True)), remedy))
-
-
-def _choice(
-    source: str, parts: Sequence[Part], column: str | None, template: str | None
-) -> tuple[Sequence[str], Compose]:
-    """The columns to read, and how a document is made of them."""
-    if template is not None:
-        names = _template_columns(template, parts, source)
-        return names, lambda of: _substitute(template, {name: of(name) or "" for name in names})
-    if column is not None:
-        _need(parts, column)
-        return [column], lambda of: of(column) or ""
-    if not any("text" in part.columns for part in parts):
-        _need(parts, "page")
-        return ["page"], lambda of: of("page") or ""
-    for part in parts:
-        if "page" not in part.columns:
-            _need([part], "text")
-    # Two corpora in one file: where a row has no text, it has a page.
-    return [*JOINED, "page"], _joined
-
-
-def _joined(of: Column) -> str:
-    body = of("text")
-    if body is None:  # a page beside a text, even an empty one, may be its number
-        body = of("page")
-    return "\n\n".join(text for text in (of("title"), of("abstract"), body) if text)
-
-
-def _need(parts: Sequence[Part], name: str) -> None:
-    for part in parts:
-        if name not in part.columns:
-            raise UserError(
-                f"expected the text column {name!r} in {part.name}; found {', '.join(part.columns)}: name the column, "
-                "or give a template"
-            )
-
-
-def _template_columns(template: str, parts: Sequence[Part], source: str) -> list[str]:
-    """The columns that a template names; `UserError` if it names anything else, or nothing."""
-    found = ", ".join(dict.fromkeys(name for part in parts for name in part.columns))
-    expected = f"expected a template over the columns {found} of {source}"
-    try:
-        fields = [piece[1:] for piece in string.Formatter().parse(template) if piece[1] is not None]
-    except ValueError as error:
-        raise UserError(f"{expected}; found {error} in {template!r}: write a column as {{name}}") from error
-    if not fields:
-        raise UserError(f"{expected}; found none in {template!r}, the same text for every row: write {{name}}")
-    for name, form, conversion in fields:
-        if form or conversion or not all(name in part.columns for part in parts):
-            raise UserError(f"{expected}; found {name!r} in {template!r}: write a column as {{name}}")
-    return list(dict.fromkeys(str(name) for name, _, _ in fields))
-
-
-def _substitute(template: str, row: dict[str, str]) -> str:
-    """A template's text with a row's strings in place of their names; nothing for a row that has none of them."""
-    if not any(row.values()):
-        return ""
-    pieces = string.Formatter().parse(template)
-    return "".join(literal + (row[name] if name is not None else "") for literal, name, _, _ in pieces)
-
-
-def _string(part: Part, index: int, values: dict[str, Any], remedy: str, name: str) -> str | None:
-    """What one row of `part` has in the column `name`, without the spaces around it."""
-    value = values.get(name)
-    if value is None:
-        return None
-    if not isinstance(value, str):
+    with main_first():
+        found = read_texts(source, column=column, template=template, column_flag=column_flag)
+        if not any(found.texts):
+            raise UserError(f"expected text in {source}; found none: choose another corpus or column")
+        tokens = tokenise(found.texts, tokenizer, source)
+    documents = [document for document in tokens if len(document) > 1]
+    single = [index for index, document in enumerate(tokens) if len(document) == 1]
+    if not documents:
         raise UserError(
-            f"expected text in the column {name!r} of {part.name}; found a {type(value).__name__} "
-            f"({_short(repr(value))}) in {part.place(index)}: {remedy}"
+            f"expected documents of two tokens or more in {source}; found {len(single)} of a single token: there is "
+            "nothing to predict in them, choose another corpus or column"
         )
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"expected text in the column {name!r} of {part.name}; found half a character "
-                f"({value[error.start]!r}) in {part.place(index)}: mend or remove it"
-            ) from error
-    return value.strip()
+    if single and is_main():
+        print(
+            f"warning: left out {len(single)} of the documents in {source}: they have a single token, and nothing to "
+            f"predict (the first is {found.texts[single[0]]!r}, {found.place(single[0])})",
+            flush=True,
+        )
+    windows = [window for document in documents for window in split_windows(document, seq_len)]
+    return Corpus(source, len(documents), windows)
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def split_windows(document: np.ndarray, seq_len: int) -> list[np.ndarray]:
+    """Cut a document into the fewest windows of at most `seq_len` (3 or more) tokens, nearly equal in length.
+
+    All of it is kept, and no window has a single token if the document has two or more.
+    """
+    return np.array_split(document, math.ceil(len(document) / seq_len))

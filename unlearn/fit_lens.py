@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from unlearn.attempt import Attempt, at_work, attempt
-from unlearn.data import Batches, Corpus, Rows, check_examples, read_corpus
+from unlearn.batches import Batches, Rows, check_examples
+from unlearn.corpus import Corpus, read_corpus
 from unlearn.distributed import all_sum, fail_together, is_main, process_group
 from unlearn.errors import UserError
 from unlearn.files import atomic_folder, files_hash, write_json, writing
@@ -26,13 +26,14 @@ from unlearn.fit_config import FitLensConfig
 from unlearn.lens import TunedLens
 from unlearn.losses import kl_divergence, logits_of
 from unlearn.methods.terms import Cost, Loss, Numbers, Term
-from unlearn.metrics import MetricsLog
 from unlearn.model import load_config, load_model, load_tokenizer, residual_streams
 from unlearn.model_config import check_windows
 from unlearn.optim.build import BETAS, EPS, linear_schedule
 from unlearn.precision import DTYPES
-from unlearn.preflight import check_apart, settings_hashes
-from unlearn.run_folder import FITTING, LENS, MARKER, check_output
+from unlearn.run.folder import FITTING, LENS, MARKER, check_output
+from unlearn.run.log import MetricsLog
+from unlearn.run.preflight import check_apart, settings_hashes
+from unlearn.run.run import Run, at_work, opened_run
 from unlearn.trainer import train
 from unlearn.weights import Checkpoint
 
@@ -119,11 +120,11 @@ def fit_lens(config: FitLensConfig) -> None:
         known = (output / "fitting/config.json").exists() or not (output / "config.json").exists()
         output = check_output(config.output, config.overwrite, LENS, inputs, resumes=config.resumes and known)
         place = str(output / "fitting")
-        with at_work(output), attempt(config, place, FITTING, inputs, device, marker=output / MARKER) as this:
+        with at_work(output), opened_run(config, place, FITTING, inputs, device, marker=output / MARKER) as run:
             corpora, identity = _read(config)
-            finished = this.stands(identity)
+            finished = run.finished(identity)
             if not finished:
-                _fit(config, corpora, identity, output, this)
+                _fit(config, corpora, identity, output, run)
             if is_main():
                 print(f"{'finished before: ' if finished else ''}tuned lens: {output}")
 
@@ -154,21 +155,19 @@ def _read(config: FitLensConfig) -> tuple[list[Corpus], dict[str, str]]:
     return list(corpora.values()), identity
 
 
-def _fit(
-    config: FitLensConfig, corpora: list[Corpus], identity: Mapping[str, str], output: Path, this: Attempt
-) -> None:
+def _fit(config: FitLensConfig, corpora: list[Corpus], identity: Mapping[str, str], output: Path, run: Run) -> None:
     training, held_out = _split(config, corpora)
-    model = load_model(config.model, revision=config.revision, dtype=DTYPES[config.dtype], device=this.device)
+    model = load_model(config.model, revision=config.revision, dtype=DTYPES[config.dtype], device=run.device)
     model.requires_grad_(False)
     lens = TunedLens.identity(model).float()
     lens.translators.requires_grad_(True)
     optimizer = torch.optim.AdamW(lens.translators.parameters(), lr=config.lr, betas=BETAS, eps=EPS, weight_decay=0.0)
-    this.claim(identity, {"adamw": optimizer}, 0)
+    run.begin(identity, {"adamw": optimizer}, 0)
     plain = measure(model, TunedLens.identity(model), held_out)  # in the dtype in which the tuned one is measured
-    _train(config, model, lens, training, {"adamw": optimizer}, this)
+    _train(config, model, lens, training, {"adamw": optimizer}, run)
     lens.to(DTYPES[config.dtype])
     _close(config, output, lens, plain, measure(model, lens, held_out))
-    this.finish()
+    run.finish()
 
 
 def _split(config: FitLensConfig, corpora: list[Corpus]) -> tuple[Batches, Batches]:
@@ -201,10 +200,10 @@ def _train(
     lens: TunedLens,
     batches: Batches,
     optimizers: dict[str, Optimizer],
-    this: Attempt,
+    run: Run,
 ) -> None:
     with MetricsLog(None, config.steps, "fitting the lens") as log:
-        checkpoints = this.checkpoints(lens.translators, optimizers, log, config.steps)
+        checkpoints = run.checkpoints(lens.translators, optimizers, log, config.steps)
         train(
             lens.translators,
             Loss(terms(model, lens, batches)),

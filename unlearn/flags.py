@@ -55,12 +55,9 @@ def settle(config: Any) -> None:
     Raises:
         UserError: the first flag that is wrong.
     """
+    for name, otherwise in idle(config).items():
+        raise UserError(f"{spelled(name)} has no effect {otherwise}: leave it out")
     fields = [field for field in dataclasses.fields(config) if "only" in field.metadata]
-    for field in fields:
-        if getattr(config, field.name) != field.default:
-            for condition in field.metadata["only"]:
-                if not condition.holds(config):
-                    raise UserError(f"{spelled(field.name)} has no effect {condition.otherwise}: leave it out")
     for field in fields:
         published = field.metadata["published"]
         if getattr(config, field.name) is None and all(one.holds(config) for one in field.metadata["only"]):
@@ -68,6 +65,16 @@ def settle(config: Any) -> None:
             object.__setattr__(config, field.name, value)
     for field in fields:
         _check_range(field, getattr(config, field.name))
+
+
+def idle(config: Any) -> dict[str, str]:
+    """The flags that were given without an effect, each with what to say of it, as in "has no effect ..."."""
+    return {
+        field.name: condition.otherwise
+        for field in dataclasses.fields(config)
+        for condition in reversed(field.metadata.get("only", ()))
+        if getattr(config, field.name) != field.default and not condition.holds(config)
+    }
 
 
 def _check_range(field: "dataclasses.Field[Any]", value: Any) -> None:

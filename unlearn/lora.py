@@ -26,7 +26,7 @@ from unlearn.distributed import fail_together, is_main
 from unlearn.errors import UserError
 from unlearn.files import hub_error, write_json, writing
 from unlearn.model import blocks, blocks_prefix
-from unlearn.seeding import derive, generator, keep_mask
+from unlearn.seeding import derive, dropped, generator
 from unlearn.weights import full, local_rows, save_tensors
 
 PEFT_PREFIX = "base_model.model."
@@ -70,14 +70,10 @@ class LoraLinear(nn.Module):
             return output
         scale = self.scale
         if self.training and self.dropout > 0.0:
-            x, scale = x * self._keep(x), scale / (1.0 - self.dropout)
+            assert len(self.rows) == x.shape[0], "set_dropout_rows must name every row of the batch before its forward"
+            x, scale = dropped(x, self.rows.to(x.device) ^ self.salt, self.dropout), scale / (1.0 - self.dropout)
         update = nn.functional.linear(nn.functional.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
         return output + scale * update.to(output.dtype)
-
-    def _keep(self, x: Tensor) -> Tensor:
-        """Bool [B, S, in]: which numbers of `x` are not dropped."""
-        assert len(self.rows) == x.shape[0], "set_dropout_rows must name every row of the batch before its forward"
-        return keep_mask(self.rows.to(x.device) ^ self.salt, x.shape[1], x.shape[2], self.dropout)
 
     def delta(self) -> Tensor:
         """The update of the whole base weight, float32, in the layout in which the base stores it.

@@ -109,7 +109,7 @@ def terms(config: TrainConfig, shape: Shape, layout: Layout, needs: Sequence[Nee
     if not _is_sharded(config, layout) and config.lora_rank == 0 and compute != 4:
         result["weights as autocast rounds them"] = shape.parameters * compute
     result["activations"] = _activations(config, shape, needs) * compute
-    block, vocabulary = one_block(config, shape, layout), _vocabulary(config, shape, needs)
+    block, vocabulary = one_block(config, shape, layout), _vocabulary(config, shape, layout, needs)
     return result | max(block, vocabulary, key=lambda moment: sum(moment.values()))
 
 
@@ -130,6 +130,10 @@ def _states(config: TrainConfig, shape: Shape, layout: Layout, needs: Sequence[N
     terms = 1 if _is_sharded(config, layout) else min(2, len(needs))  # replicated gradients are summed term by term
     result["gradients"] = 4 * trained * terms / ranks
     result["optimizer"] = (4 * in_muon + 8 * (trained - in_muon)) / ranks
+    teacher = max(term.teacher for term in needs)
+    if teacher:
+        wide = not _is_sharded(config, layout) and config.lora_rank == 0
+        result["teacher"] = (4 if wide else compute) * teacher / ranks
     if config.lora_rank == 0 and any(term.original for term in needs) and not config.offload_reference:
         result["reference"] = (compute if _is_sharded(config, layout) else 4) * shape.parameters / ranks
     return result
@@ -158,7 +162,7 @@ def one_block(config: TrainConfig, shape: Shape, layout: Layout) -> dict[str, fl
     return result
 
 
-def _vocabulary(config: TrainConfig, shape: Shape, needs: Sequence[Needs]) -> dict[str, float]:
+def _vocabulary(config: TrainConfig, shape: Shape, layout: Layout, needs: Sequence[Needs]) -> dict[str, float]:
     """Bytes of a loss over the vocabulary: a chunk of logits, and the unembeddings that it reads.
 
     A chunk's numbers take 26 bytes where it is compared with the original's, 16 for a cross-entropy, 8 through a lens.
@@ -168,6 +172,8 @@ def _vocabulary(config: TrainConfig, shape: Shape, needs: Sequence[Needs]) -> di
     compared = any(term.original for term in above)
     each = 26 if compared else 16 if above else 8 if any(term.bytes for term in needs) else 0
     result = {"a chunk over the vocabulary": float(each * chunk * shape.vocabulary)}
+    if above and not compared and config.lora_rank and _is_sharded(config, layout):
+        result["gathered unembedding and embedding"] = float(2 * shape.head * compute)
     if above and not config.lora_rank:
         result["unembedding and its gradient"] = float(shape.head * ((3 if compared else 2) * compute + 4))
     return result

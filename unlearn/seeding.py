@@ -5,6 +5,7 @@ a hash of (row key, position, feature), which are the same wherever a row is com
 """
 
 import hashlib
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -55,6 +56,20 @@ def keep_mask(keys: Tensor, positions: int, features: int, dropout: float) -> Te
             bits = random_bits(keys[row : row + 1], min(chunk, positions - start), features, first=start)
             torch.ge(bits, int(dropout * 2**31), out=keep[row : row + 1, part])
     return keep
+
+
+def dropped(x: Tensor, keys: Tensor, dropout: float) -> Tensor:
+    """`x` [B, S, F] with the numbers set to 0 that `keep_mask` drops; on CUDA by one kernel, with the same bits.
+
+    Args:
+        keys: int64 [B], in 0..2**31-1.
+    """
+    if x.is_cuda and not torch.compiler.is_compiling() and find_spec("triton") is not None:
+        from unlearn.dropout_kernel import Dropped
+
+        kept: Tensor = Dropped.apply(x, keys.to(torch.int32), dropout)
+        return kept
+    return x * keep_mask(keys, x.shape[1], x.shape[2], dropout)
 
 
 def _mix(bits: Tensor) -> Tensor:

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from unlearn.checkpoint import Checkpoints
 from unlearn.distributed import STEP_TIMEOUT, all_sum, all_true, set_timeout, sum_gradients
 from unlearn.errors import NotFinite
 from unlearn.lora import set_dropout_rows
 from unlearn.methods.terms import Loss, Numbers, add
-from unlearn.metrics import MetricsLog
 from unlearn.optim.build import Schedule, set_learning_rates
+from unlearn.run.checkpoint import Checkpoints
+from unlearn.run.log import MetricsLog
 from unlearn.sharding import all_reducing_last, reshard
 from unlearn.weights import local_rows
 
@@ -38,6 +38,8 @@ def train(
     evaluate: Evaluate | None = None,
     eval_every: int | None = None,
     first: int = 0,
+    offset: int = 0,
+    phase: str = "",
     checkpoints: Checkpoints | None = None,
     timeout: timedelta = STEP_TIMEOUT,
 ) -> None:
@@ -50,6 +52,8 @@ def train(
         evaluate: called with the number of steps done, every `eval_every` of them, the first time before any; what
             the last step leaves is the caller's to measure.
         first: steps that were done before, in a run that goes on.
+        offset: steps of the phases before this one: what is saved, logged and measured counts from the run's start.
+        phase: its name for the log, if it has one.
         checkpoints: told after every step; while there are any, a signal to stop waits for the step's end.
         timeout: how long ranks wait for each other after the first step.
 
@@ -61,28 +65,29 @@ def train(
     assert len({isinstance(parameter, DTensor) for parameter in parameters}) == 1, "some weights are still gathered"
     with checkpoints.during_steps() if checkpoints is not None else nullcontext():
         for step in range(first, steps):
-            if evaluate is not None and eval_every is not None and step % eval_every == 0:
+            if evaluate is not None and eval_every is not None and (offset + step) % eval_every == 0:
                 if checkpoints is not None:
                     checkpoints.settle()  # an evaluation may take long, and be killed
-                evaluate(step)
+                evaluate(offset + step)
             started = time.monotonic()
             model.train()
             metrics = gradients(model, loss, step, steps)
-            norm = check_gradients(parameters, metrics, step)
+            norm = check_gradients(parameters, metrics, offset + step)
             clip_gradients(parameters, clip, norm)
             set_learning_rates(list(optimizers.values()), schedule(step))
             _update(optimizers.values(), norm.device)
             if step % log_every == 0 or step == steps - 1:
-                line = {"step": step} | summed(metrics, norm.device) | _weights(loss, step, steps)
+                line: dict[str, float | str] = {"step": offset + step, **({"phase": phase} if phase else {})}
+                line |= summed(metrics, norm.device) | _weights(loss, step, steps)
                 line["gradient_norm"] = norm.item()
                 line |= {f"{name}_lr": built.param_groups[0]["lr"] for name, built in optimizers.items()}
-                line["tokens_per_second"] = line.pop("tokens", 0.0) / (time.monotonic() - started)
+                line["tokens_per_second"] = float(line.pop("tokens", 0.0)) / (time.monotonic() - started)
                 log.write(line, shown=("forget_loss", "retain_loss", "loss"))
             log.advance()
             if step == first:
                 set_timeout(timeout)
             if checkpoints is not None:
-                checkpoints.after(step + 1)
+                checkpoints.after(offset + step + 1)
     model.eval()
 
 

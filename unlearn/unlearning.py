@@ -1,46 +1,53 @@
 """Assemble an unlearning run from its flags, say what it will do, and export what it made."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from unlearn.batches import Batches, check_examples
 from unlearn.blank import needs_of
 from unlearn.building import (
+    frozen_model,
     master_dtype,
     method_parts,
-    method_terms,
+    method_phases,
     original_model,
     precision,
     trained_model,
 )
 from unlearn.config import TrainConfig
-from unlearn.data import Batches, Corpus, check_examples, read_corpus
+from unlearn.corpus import Corpus, read_corpus
 from unlearn.distributed import fail_together, is_main, world_size
+from unlearn.errors import UserError
 from unlearn.files import absolute_model, files_hash
 from unlearn.lens import TunedLens
 from unlearn.lens_readings import Stage, encode_prompts, read_prompts, write_stage
 from unlearn.lora import adapters, initial_adapters, merge_lora, save_adapter
 from unlearn.memory import Layout, Shape, available_gib, check_fits, check_rank
-from unlearn.methods.terms import Loss, Needs, Parts
+from unlearn.methods.terms import Loss, Needs, Parts, Phase
 from unlearn.model import (
     cast_parameters,
     empty_model,
     final_norm,
+    fresh_weights,
     load_config,
     load_tokenizer,
     save_model,
 )
 from unlearn.model_config import check_windows
 from unlearn.optim.build import assignment, build_optimizers
-from unlearn.precision import DTYPES
-from unlearn.preflight import check_apart, settings_hashes, tensors_hash
+from unlearn.precision import DTYPES, Precision
+from unlearn.run.preflight import check_apart, settings_hashes, tensors_hash
+from unlearn.seeding import generator
 from unlearn.sharding import is_sharded, reshard, shard_mesh
-from unlearn.weights import Checkpoint, fill, shared_folder
+from unlearn.weights import Checkpoint, Initial, fill, shared_folder
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,8 @@ class Unlearning:
     """Everything that a run trains with; before `fill_models` the models have no memory, and there is no optimizer.
 
     Attributes:
-        identity: digests of all that is read.
+        teachers: other frozen models that the method asked for. identity: digests of all that is read.
+        precision: of forward passes.
     """
 
     config: TrainConfig
@@ -56,19 +64,42 @@ class Unlearning:
     original: PreTrainedModel | None
     checkpoint: Checkpoint
     tokenizer: PreTrainedTokenizerBase
+    teachers: list[tuple[PreTrainedModel, Checkpoint]]
     parts: Parts
-    loss: Loss
+    phases: list[Phase]
+    precision: Precision
     identity: dict[str, str]
     optimizers: dict[str, Optimizer]
 
     @property
+    def loss(self) -> Loss:
+        """Of the first phase."""
+        return self.loss_of(self.phases[0])
+
+    def loss_of(self, phase: Phase) -> Loss:
+        """Of a phase."""
+        frozen = [model for model in (self.original, *(teacher for teacher, _ in self.teachers)) if model is not None]
+        return Loss(phase.terms, self.precision, frozen)
+
+    def steps_of(self, phase: Phase) -> int:
+        """Optimizer steps of a phase."""
+        return phase.steps or self._batches.steps
+
+    @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return next(iter(self.parts.batches.values())).steps
+        return sum(map(self.steps_of, self.phases))
+
+    @property
+    def _batches(self) -> Batches:
+        return next(iter(self.parts.batches.values()))
 
 
-def assemble(config: TrainConfig, device: torch.device) -> Unlearning:
+def assemble(config: TrainConfig, device: torch.device, mesh: DeviceMesh | None = None) -> Unlearning:
     """Read all that the method asks for but the models' weights, and look for every mistake in what the flags name.
+
+    Args:
+        mesh: of an earlier run of the same layout; one more would cost groups of ranks that nobody frees.
 
     Raises:
         UserError: anything is missing, damaged or does not fit the rest; or the run cannot fit into memory.
@@ -80,7 +111,7 @@ def assemble(config: TrainConfig, device: torch.device) -> Unlearning:
     tokenizer = load_tokenizer(config.model, revision=config.revision)
     with fail_together():
         checkpoint = Checkpoint.open(config.model, revision=config.revision)
-    mesh = shard_mesh(config.shard_kind(world_size()), config.shard_size, device)
+    mesh = mesh or shard_mesh(config.shard_kind(world_size()), config.shard_size, device)
     model, original = trained_model(config, mesh), original_model(config, mesh, needs)
     identity = {"model": files_hash(checkpoint.paths()), **settings_hashes(checkpoint.folder)}
     batches = Corpora(config, tokenizer)
@@ -90,14 +121,48 @@ def assemble(config: TrainConfig, device: torch.device) -> Unlearning:
         identity["lens"] = tensors_hash(dict(found.translators.named_parameters()))
         return found
 
-    parts = method_parts(config, model, original, batches, lens, device)
-    terms = method_terms(config, parts)
+    teachers: list[tuple[PreTrainedModel, Checkpoint]] = []
+
+    def teacher(path: str) -> PreTrainedModel:
+        found = _teacher(config, path, tokenizer, mesh)
+        identity[f"teacher {path}"] = files_hash(found[1].paths())
+        teachers.append(found)
+        return found[0]
+
+    parts = method_parts(config, model, original, batches, lens, device, teacher)
+    phases = method_phases(config, parts)
     encode_prompts(tokenizer, getattr(config, "prompts", ()), model_config)  # mistakes show before the first step
-    check_windows(model_config, {one.corpus.name: one.corpus.windows for one in batches.values()})
-    check_apart({name: of_name.corpus for name, of_name in batches.items()})
-    identity |= {f"{name} corpus": of_name.corpus.sha256() for name, of_name in batches.items()}
-    loss = Loss(terms, precision(config, mesh, device), [] if original is None else [original])
-    return Unlearning(config, model, original, checkpoint, tokenizer, parts, loss, identity, {})
+    check_windows(model_config, {corpus.name: corpus.windows for corpus in batches.read.values()})
+    check_apart(batches.read)
+    identity |= {f"{name} corpus": corpus.sha256() for name, corpus in batches.read.items()}
+    computing = precision(config, mesh, device)
+    found = Unlearning(config, model, original, checkpoint, tokenizer, teachers, parts, phases, computing, identity, {})
+    _check_phases(found)
+    return found
+
+
+def _teacher(
+    config: TrainConfig, path: str, tokenizer: PreTrainedTokenizerBase, mesh: DeviceMesh | None
+) -> tuple[PreTrainedModel, Checkpoint]:
+    """A frozen model without memory, and its weights; raises `UserError` if it reads text in other tokens."""
+    with fail_together():
+        checkpoint = Checkpoint.open(path)
+        if load_tokenizer(path).get_vocab() != tokenizer.get_vocab():
+            raise UserError(
+                f"expected a teacher with the tokenizer of {config.model}; found another in {path}: choose another one"
+            )
+    return frozen_model(config, path, mesh), checkpoint
+
+
+def _check_phases(run: Unlearning) -> None:
+    """Raise unless the text is enough for every phase."""
+    for phase in run.phases:
+        most = min((one.steps for one in run.parts.batches.values()), default=0)
+        if run.steps_of(phase) > most:
+            raise UserError(
+                f"expected at most {most:,} optimizer steps, for which there are batches, in the phase {phase.name}; "
+                f"found {run.steps_of(phase):,}: raise --epochs or --steps"
+            )
 
 
 def build(config: TrainConfig, device: torch.device) -> Unlearning:
@@ -115,10 +180,12 @@ def fill_models(run: Unlearning) -> None:
     """
     config, device = run.config, run.parts.device
     with fail_together():
-        fill(run.model, run.checkpoint, device, initial=initial_adapters(run.model))
+        fill(run.model, run.checkpoint, device, initial=_initial(config, run.model))
         if run.original is not None:
-            weights = torch.device("cpu") if config.offload_reference else device
-            fill(run.original, run.checkpoint, weights, buffers=device)  # FSDP2 brings the offloaded weights alone
+            weights = torch.device("cpu") if config.offload_reference else device  # whose parameters alone FSDP2 brings
+            fill(run.original, run.checkpoint, weights, buffers=device, initial=_initial(config, run.original))
+        for teacher, weights_of in run.teachers:
+            fill(teacher, weights_of, device)
     built = build_optimizers(
         run.model,
         optimizer=config.optimizer,
@@ -133,30 +200,71 @@ def fill_models(run: Unlearning) -> None:
     run.optimizers.update(built)
 
 
+def _initial(config: TrainConfig, model: PreTrainedModel) -> Initial:
+    """Values that are not the checkpoint's: an adapter's, and with --fresh-weights of everything else too."""
+    adapter = initial_adapters(model)
+    if not config.fresh_weights:
+        return adapter
+    fresh = fresh_weights(config.model, config.seed, revision=config.revision)
+
+    def value(name: str) -> Tensor:
+        found = adapter(name)
+        return fresh(name.replace(".base.", ".")) if found is None else found
+
+    return value
+
+
 class Corpora(dict[str, Batches]):
     """The global batches of each corpus that a method asks for, read in that moment: as many windows of the later ones
-    as of the first."""
+    as of the first. `mix` is half `forget`, half `retain`.
+
+    Attributes:
+        read: the corpora themselves.
+    """
 
     def __init__(self, config: TrainConfig, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
+        self.read: dict[str, Corpus] = {}
 
     def __missing__(self, name: str) -> Batches:
-        config, corpus = self.config, _read(self.config, self.tokenizer, name)
+        config, corpus = self.config, self._read(name)
         assert config.examples is not None
-        check_examples(corpus, config.examples, config.batch)
         first = next(iter(self.values())).corpus if self else corpus
+        examples = min(config.examples, len(first.windows))
+        batch = min(config.batch, examples)
+        check_examples(corpus, config.examples, batch)
         self[name] = Batches(
             corpus,
             examples=config.examples,
-            total=min(config.examples, len(first.windows)) * config.epochs,
-            batch=config.batch,
+            total=examples * config.epochs if config.steps is None else batch * config.steps,
+            batch=batch,
             seed=config.seed,
             tag=name,
             micro_batch=config.micro_batch,
             micro_tokens=config.micro_tokens,
         )
         return self[name]
+
+    def _read(self, name: str) -> Corpus:
+        if name == "mix":
+            assert self.config.examples is not None
+            both = {part: self._read(part) for part in ("forget", "retain")}
+            return mixed(both, self.config.examples, self.config.seed)
+        self.read[name] = _read(self.config, self.tokenizer, name)
+        return self.read[name]
+
+
+def mixed(corpora: Mapping[str, Corpus], examples: int, seed: int) -> Corpus:
+    """As many windows of each corpus, `examples` of all: of each the first ones that it alone would give."""
+    share = min(examples // len(corpora), *(len(part.windows) for part in corpora.values()))
+    windows = [
+        part.windows[index]
+        for tag, part in corpora.items()
+        for index in torch.randperm(len(part.windows), generator=generator(seed, tag, "choice"))[:share].tolist()
+    ]
+    name = " and ".join(part.name for part in corpora.values())
+    return Corpus(name, documents=sum(part.documents for part in corpora.values()), windows=windows)
 
 
 def _check_memory(config: TrainConfig, needs: Sequence[Needs], device: torch.device) -> None:
@@ -230,6 +338,8 @@ def _lora_line(run: Unlearning) -> str:
 
 def export_bytes(run: Unlearning) -> int:
     """Size of what `finish` writes, but for the adapter."""
+    if not run.config.export:
+        return 0
     return sum(parameter.numel() for parameter in run.model.parameters()) * DTYPES[run.config.dtype].itemsize
 
 
@@ -244,7 +354,7 @@ def read_lens(run: Unlearning, folder: Path, stage: Stage) -> None:
         return
     lens = _lens(config, next(run.model.parameters()).device, None)
     run.model.eval()
-    readings = read_prompts(run.model, lens, run.tokenizer, prompts, stage, run.loss.precision)
+    readings = read_prompts(run.model, lens, run.tokenizer, prompts, stage, run.precision)
     reshard(run.model)  # the passes ended early: the root's tied embedding would stay gathered, and no longer sharded
     run.model.train(training)
     with fail_together():
@@ -255,7 +365,9 @@ def read_lens(run: Unlearning, folder: Path, stage: Stage) -> None:
 def finish(run: Unlearning, folder: Path) -> None:
     """Write `adapter/`, then turn the live model into what is exported (adapters merged, weights in --dtype) and write
     `model/`, in place of what an earlier attempt left. After this, the live model and the exported one are the same,
-    and --prompts are read in it."""
+    and --prompts are read in it. With --no-export nothing is written, and the model stays as it is."""
+    if not run.config.export:
+        return
     if run.config.lora_rank > 0:
         with shared_folder(folder / "adapter", replace=True) as temporary:
             save_adapter(run.model, temporary, absolute_model(run.config.model))

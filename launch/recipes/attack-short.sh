@@ -14,7 +14,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../arguments.sh"
 run=$1 corpus=$2
 shift 2
 launch evals/tamper.py \
-    --model "$run/model" --corpus "$corpus" --output "$run-attack" \
-    --lr 2e-5 --batch 16 --examples 512 --epochs 1 --seq-len 2048 --dtype bf16 \
+    --model "$run/model" --forget "$corpus" --output "$run-attack" \
+    --adam-lr 2e-5 --batch 16 --examples 512 --epochs 1 --seq-len 2048 --dtype bf16 \
     --eval-tasks wmdp_bio mmlu_stem --eval-every 10 \
     "$@"

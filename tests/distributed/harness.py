@@ -69,6 +69,7 @@ def _rank(rank: int, world_size: int, folder: Path, function: Callable[..., Any]
         world_size=world_size,
         timeout=timedelta(seconds=TIMEOUT / 2),
     )
+    dist.barrier()  # a rank whose function is done at once would close connections that another is still making
     try:
         outcome = {"value": function(*args)}
     except BaseException as error:

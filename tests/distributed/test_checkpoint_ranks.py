@@ -15,13 +15,13 @@ import torch.distributed as dist
 from harness import run_ranks
 from test_training import prepare
 
-from unlearn.checkpoint import Checkpoints
 from unlearn.distributed import barrier, process_group, rank
 from unlearn.errors import UserError
-from unlearn.metrics import MetricsLog
 from unlearn.optim.build import linear_schedule
-from unlearn.preflight import check_ranks
-from unlearn.stopping import StopSignals
+from unlearn.run.checkpoint import Checkpoints
+from unlearn.run.log import MetricsLog
+from unlearn.run.preflight import check_ranks
+from unlearn.run.stopping import StopSignals
 from unlearn.trainer import train
 
 pytestmark = pytest.mark.usefixtures("token_cache")

@@ -12,7 +12,7 @@ from harness import run_ranks
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from evals.evaluation import Evaluation
-from evals.lm import LiveModel
+from evals.harness.lm import LiveModel
 from unlearn.errors import UserError
 from unlearn.sharding import shard as shard_rows
 from unlearn.sharding import shard_mesh

@@ -17,12 +17,12 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from unlearn import saving
-from unlearn.checkpoint import Checkpoints, load, tensors
 from unlearn.distributed import barrier, rank, world_size
 from unlearn.errors import UserError
-from unlearn.metrics import MetricsLog
-from unlearn.stopping import StopSignals
+from unlearn.run import saving
+from unlearn.run.checkpoint import Checkpoints, load, tensors
+from unlearn.run.log import MetricsLog
+from unlearn.run.stopping import StopSignals
 from unlearn.weights import full
 
 STEPS = 6

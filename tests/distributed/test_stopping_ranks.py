@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from harness import run_ranks
 
-from unlearn import stopping
 from unlearn.distributed import barrier, rank
-from unlearn.signals import alive
-from unlearn.stopping import StopSignals
+from unlearn.run import stopping
+from unlearn.run.signals import alive
+from unlearn.run.stopping import StopSignals
 
 FAR_AWAY = 100.0  # seconds: nobody waits for their end
 

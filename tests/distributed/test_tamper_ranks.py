@@ -11,9 +11,12 @@ from evals_support import question, write_questions, write_wmdp
 from harness import run_ranks
 
 from evals import tamper
+from unlearn.config import configure
 from unlearn.distributed import rank
 from unlearn.errors import UserError
 from unlearn.model import fresh_weights, load_model
+from unlearn.unlearning import build
+from unlearn.weights import full
 
 pytestmark = pytest.mark.usefixtures("token_cache")
 
@@ -28,7 +31,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def attack(home: Path, data: Path, output: Path, *more: object) -> dict[str, Any]:
     """Run the command on this rank; attack.json with what depends on the folder left out."""
-    flags = ["tamper.py", "--model", home / "model", "--corpus", home / "forget.jsonl", "--output", output]
+    flags = ["tamper.py", "--model", home / "model", "--forget", home / "forget.jsonl", "--output", output]
     flags += "--batch 4 --micro-batch 2 --seq-len 24 --eval-every 2 --dtype fp32 --eval-tasks wmdp_bio".split()
     flags += ["world_general_cloze", "--general-tasks", "world_general_cloze", "--data-dir", data, *more]
     sys.argv = [str(word) for word in flags]
@@ -38,12 +41,23 @@ def attack(home: Path, data: Path, output: Path, *more: object) -> dict[str, Any
     return found
 
 
-GRID = ("--lora-rank", 0, 2, "--examples", 16, "--lr", "1e-2", "--split-by", "attacked", "--control", "random")
+GRID = (
+    "--examples",
+    16,
+    "--adam-lr",
+    "1e-2",
+    "--split-by",
+    "attacked",
+    "--control",
+    "random",
+    "--grid",
+    "lora-rank=0,2",
+)
 
 
 def test_curves_are_the_same_at_one_and_two_ranks(home: Path, data: Path, tmp_path: Path) -> None:
     """Batches of two micro-batches: the weights, and so the answers, are equal to the bit, replicated and sharded."""
-    more = (*GRID, "--data", "mix", "--benign-corpus", home / "retain.jsonl")
+    more = (*GRID, "--data", "mix", "--retain", home / "retain.jsonl")
     (one,) = run_ranks(1, attack, home, data, tmp_path / "one", *more)
     assert {len(subject["attacks"]) for subject in one["subjects"].values()} == {2}
     accuracies = {point["tasks"]["wmdp_bio"]["probability"] for point in one["points"]}
@@ -56,7 +70,7 @@ def test_curves_are_the_same_at_one_and_two_ranks(home: Path, data: Path, tmp_pa
 @pytest.mark.slow
 def test_three_and_four_ranks_with_a_short_batch(home: Path, data: Path, tmp_path: Path) -> None:
     """14 windows in batches of 4; sums in another order: log-likelihoods within rounding."""
-    more = ("--lora-rank", 0, 2, "--examples", 14, "--lr", "1e-3", "--eval-every", 4)
+    more = ("--grid", "lora-rank=0,2", "--examples", 14, "--adam-lr", "1e-3", "--eval-every", 4)
     (one,) = run_ranks(1, attack, home, data, tmp_path / "one", *more)
     for ranks, layout in ((3, "full"), (4, "replicate"), (4, "hybrid --shard-size 2")):
         place = f"{ranks} {layout}"
@@ -77,16 +91,18 @@ def test_three_and_four_ranks_with_a_short_batch(home: Path, data: Path, tmp_pat
 
 def fresh_model(home: Path, output: Path) -> dict[str, torch.Tensor]:
     """The random control's weights as they are before its first step, on this number of ranks."""
-    from evals.fine_tuning import AttackFlags, _load
-    from evals.tamper_config import TamperConfig
-    from unlearn.sharding import shard_mesh
-    from unlearn.weights import full
-
-    config = TamperConfig(
-        model=str(home / "model"), corpus="c", output=str(output), dtype="fp32", lora_rank=(2,), control=("random",)
+    config = configure(
+        "next-token",
+        model=str(home / "model"),
+        forget=str(home / "forget.jsonl"),
+        output=str(output),
+        dtype="fp32",
+        lora_rank=2,
+        shard="full",
+        seq_len=24,
+        fresh_weights=True,
     )
-    flags = AttackFlags.of(config, config.subjects()[1], config.attacks()[0])
-    model = _load(flags, shard_mesh("full", None, torch.device("cpu")), torch.device("cpu"))
+    model = build(config, torch.device("cpu")).model
     return {name: full(parameter.detach()) for name, parameter in model.named_parameters()}
 
 
@@ -104,7 +120,7 @@ def test_the_random_control_is_fresh_on_any_number_of_ranks(home: Path, tmp_path
 
 
 def one_rank_diverges(home: Path, data: Path, output: Path) -> str:
-    flags = ["--examples", 16, "--lr", "1e30", "1e-3", "--eval-every", 4, "--save-every", 1]
+    flags = ["--examples", 16, "--grid", "adam-lr=1e30,1e-3", "--eval-every", 4, "--save-every", 1]
     found = attack(home, data, output, *flags)
     assert not list(output.rglob("checkpoints*"))
     reasons = [of_one["diverged"] for of_one in found["subjects"]["unlearned"]["attacks"].values()]

@@ -19,8 +19,8 @@ from unlearn.config import configure
 from unlearn.distributed import fail_together, rank, sum_gradients
 from unlearn.errors import UserError
 from unlearn.methods.terms import Cost, Loss
-from unlearn.metrics import MetricsLog
 from unlearn.optim.build import linear_schedule
+from unlearn.run.log import MetricsLog
 from unlearn.seeding import generator
 from unlearn.trainer import gradients, train
 from unlearn.unlearning import Unlearning, build, read_lens

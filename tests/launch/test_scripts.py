@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from evals.attack.config import read_attacks
 from evals.eval_config import EvalConfig
-from evals.tamper_config import TamperConfig
 from unlearn.config import TrainConfig, parse_flags, parse_method_flags
 
 ROOT = Path(__file__).parent.parent.parent
@@ -287,7 +287,7 @@ def test_what_stands_in_a_list_is_never_run(tmp_path: Path) -> None:
 
 
 def test_a_chain_waits_for_what_it_needs() -> None:
-    attack = ["--attack", "--corpus 'a b.jsonl'", "--evaluate", "--tasks mmlu", "--sbatch", "--time=60 --nodes=2"]
+    attack = ["--attack", "--forget 'a b.jsonl'", "--evaluate", "--tasks mmlu", "--sbatch", "--time=60 --nodes=2"]
     jobs = commands(call(LAUNCH / "chain.sh", "--dry-run", *attack, "train.py", "--output", "runs/x"))
     names = [word.removeprefix("--job-name=unlearn-") for job in jobs for word in job if word.startswith("--job-name")]
     assert names == ["original", "train", "after", "attack", "report"]
@@ -301,7 +301,7 @@ def test_a_chain_waits_for_what_it_needs() -> None:
     }
     for name, job in zip(names, jobs, strict=True):
         assert "--time=60" in job and ("--nodes=1" in job) == (name == "report")
-    assert jobs[3][-2:] == ["--corpus", "a b.jsonl"] and value(jobs[2], "--model") == "runs/x/model"
+    assert jobs[3][-2:] == ["--forget", "a b.jsonl"] and value(jobs[2], "--model") == "runs/x/model"
     assert value(jobs[2], "--tasks") == "mmlu" and value(jobs[0], "--model") == "EleutherAI/deep-ignorance-unfiltered"
 
 
@@ -339,9 +339,10 @@ def test_the_muon_recipe_is_the_published_configuration() -> None:
 
 
 def test_the_attack_recipe_is_the_published_short_form() -> None:
-    config = parse_flags(TamperConfig, recipe("attack-short", "runs/a", "b.jsonl"))
-    assert (config.lr, config.batch, config.examples, config.epochs, config.eval_every) == ((2e-5,), 16, (512,), 1, 10)
-    assert (config.model, config.corpus, config.output) == ("runs/a/model", "b.jsonl", "runs/a-attack")
+    config = read_attacks(recipe("attack-short", "runs/a", "b.jsonl"))
+    attack = config.run(config.subjects()[0], "attack")
+    assert (attack.adam_lr, attack.batch, attack.examples, attack.epochs, attack.eval_every) == (2e-5, 16, 512, 1, 10)
+    assert (config.model, attack.forget, config.output) == ("runs/a/model", "b.jsonl", "runs/a-attack")
 
 
 def test_every_run_of_the_grid_parses_and_is_of_its_own() -> None:

@@ -246,7 +246,7 @@ def test_train_py_is_requeued_and_ends_in_the_same_bits(tmp_path: Path, world: P
 def test_a_chain_ends_in_a_report(tmp_path: Path, world: Path, fails: bool) -> None:
     data = f"--data-dir {world}/world/data --limit 8 --dtype fp32"
     attack = (
-        f"--corpus {world}/world/corpora/attack.jsonl --examples 16 --seq-len 96 --micro-batch 16 "
+        f"--forget {world}/world/corpora/attack.jsonl --examples 16 --seq-len 96 --micro-batch 16 "
         f"--eval-tasks wmdp_bio --data-dir {world}/world/data --limit 8 --dtype fp32"
     )
     tasks = "no_such_task" if fails else "wmdp_bio"

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from unlearn.batches import Rows
 from unlearn.config import RETAINS, LayerFlags, RetainFlags
-from unlearn.data import Rows
 from unlearn.flags import flag
 from unlearn.methods.retain import hold
 from unlearn.methods.terms import Cost, Needs, Numbers, OnStreams, Parts, Term, falling

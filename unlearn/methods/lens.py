@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from unlearn.batches import Rows
 from unlearn.config import FORGETS, RETAINS, LayerFlags, RetainFlags, check_layers
-from unlearn.data import Rows
 from unlearn.errors import UserError
 from unlearn.flags import by_mode, flag
 from unlearn.losses import next_token, uniform_per_token

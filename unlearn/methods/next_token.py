@@ -1,16 +1,39 @@
-"""Plain language modelling on the forget corpus: mean next-token cross-entropy, as a fine-tuning attack trains."""
+"""Plain language modelling: mean next-token cross-entropy, as a fine-tuning attack trains.
+
+Published settings of the attack: https://arxiv.org/abs/2508.06601.
+"""
 
 from dataclasses import dataclass
+from typing import Literal
 
+from unlearn.config import ADAM, LORA
+from unlearn.errors import UserError
+from unlearn.flags import flag
 from unlearn.methods.retain import prediction
 from unlearn.methods.terms import Parts, Term
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
-    """Fine-tune a model on the text of --forget by its next tokens: what an attack does, and what no unlearning is."""
+    """Fine-tune a model by the next tokens of its text: what an attack does, and what no unlearning is."""
+
+    data: Literal["forget", "retain", "mix"] = "forget"
+    """Text to train on: --forget; --retain; or mix, as many windows of either."""
+    adam_lr: float | None = flag(published=2e-5, above=0.0, only=ADAM)
+    """Peak learning rate of AdamW. Published: 2e-5."""
+    lora_dropout: float | None = flag(published=0.0, least=0.0, below=1.0, only=LORA)
+    """Probability of dropping an adapter's input. Default with LoRA: 0."""
+    examples: int | None = flag(published=512, least=1)
+    """Windows drawn from the text for an epoch. Published: 512."""
+    batch: int = flag(16, least=1)
+    """Windows of one optimizer step, over all ranks; all of --examples where they are fewer. Published: 16."""
+
+    def check_method(self) -> None:
+        """Raise unless a mix has windows of either text."""
+        if self.data == "mix" and self.examples == 1:
+            raise UserError("expected --examples of 2 or more for --data mix, half of either text; found 1: raise it")
 
 
 def terms(flags: Flags, parts: Parts) -> list[Term]:
     """One term: the mean over every token of the global batch that has a next one."""
-    return [Term("forget", parts.batches["forget"], prediction(parts.model))]
+    return [Term("forget", parts.batches[flags.data], prediction(parts.model))]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from unlearn.batches import Rows
 from unlearn.config import RetainFlags
-from unlearn.data import Rows
 from unlearn.losses import kl_divergence, l2_distance, next_token
 from unlearn.methods.terms import Cost, Needs, Numbers, OnStreams, Parts, Plain, Term, rising
 from unlearn.model import final_hidden, residual_streams, softcap, through_head

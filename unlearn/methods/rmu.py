@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from unlearn.batches import Rows
 from unlearn.config import RETAINS, LayerFlags, RetainFlags
-from unlearn.data import Rows
 from unlearn.flags import flag
 from unlearn.methods.retain import hold
 from unlearn.methods.terms import Cost, Needs, Numbers, OnStreams, Parts, Term

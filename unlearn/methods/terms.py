@@ -7,7 +7,7 @@ The trainer goes through the micro-batches, sets precision and dropout, calls `b
 sees none of it.
 
 How to add one: write a file in this folder, with a dataclass `Flags` and `terms(flags, parts) -> list[Term]`, and add
-its name to METHODS.
+its name to METHODS. A method of several losses one after the other has `phases(flags, parts) -> list[Phase]` instead.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from unlearn.data import Batches, Rows
+from unlearn.batches import Batches, Rows
 from unlearn.lens import TunedLens
 from unlearn.precision import Precision
 
@@ -38,6 +38,8 @@ class Parts:
         batches: the global batches of each corpus, `forget` and `retain`.
         lens: gives the tuned lens at some layers.
         seed: of the run.
+        teacher: gives another frozen model, by a local folder or hub name; its weights become part of what makes the
+            run this run. Its numbers may be read only once the run trains.
     """
 
     model: PreTrainedModel
@@ -46,6 +48,7 @@ class Parts:
     batches: Mapping[str, Batches]
     lens: Callable[[tuple[int, ...]], TunedLens]
     seed: int
+    teacher: Callable[[str], PreTrainedModel]
 
 
 class Cost(Protocol):
@@ -76,6 +79,7 @@ class Needs:
         deepest: the deepest residual stream that it reads; None if it reads the unembedding above all of them.
         original: whether it runs the original too. kept: how many of its residual streams [B, S, D] it keeps.
         bytes: of what it holds over the whole run beside the models, computed in the run's dtype.
+        teacher: parameters of a teacher, if it asks for one.
         flops: floating-point operations a token beside the models'.
     """
 
@@ -84,6 +88,7 @@ class Needs:
     kept: int = 0
     bytes: float = 0.0
     flops: float = 0.0
+    teacher: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,24 @@ class Term:
     cost: Callable[[Rows], Cost]
     weight: Callable[[float], float] = lambda s: 1.0
     needs: Needs = Needs()
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run, with a loss of its own and its optimizers' state from nothing.
+
+    Attributes:
+        name: what the log calls it; "" in a run of one phase.
+        terms: of its loss, whose weights see s go from 0 to 1 within the phase.
+        steps: optimizer steps, at most as many as its batches have; None: all of them.
+        begin: called before its first step, and not when a run goes on within it: it may change weights that are
+            trained (noise, rows drawn anew), alike on all ranks.
+    """
+
+    name: str
+    terms: Sequence[Term]
+    steps: int | None = None
+    begin: Callable[[PreTrainedModel], None] = lambda model: None
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,15 @@ def build_optimizers(
     return built
 
 
+def restart(optimizer: torch.optim.Optimizer) -> None:
+    """Forget every step: AdamW makes its state in its first step, Muon's momenta are zeros from the start."""
+    if isinstance(optimizer, Muon):
+        for state in optimizer.state.values():
+            state["momentum_buffer"].zero_()
+    else:
+        optimizer.state.clear()
+
+
 def assignment(model: PreTrainedModel, optimizers: Mapping[str, torch.optim.Optimizer]) -> list[str]:
     """Which parameters each optimizer got: a line for each kind of parameter, the blocks' numbers as `*`."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 
 from unlearn.errors import UserError
 from unlearn.files import atomic_folder
-from unlearn.folder_lock import locked
-from unlearn.run_folder import output_folder
+from unlearn.run.folder import output_folder
+from unlearn.run.lock import locked
 from unlearn.world.facts import WORLD_SEED, Fact, make_facts, stem_subjects
 from unlearn.world.text import (
     Question,

@@ -19,10 +19,10 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerF
 from unlearn.distributed import world_size
 from unlearn.errors import UserError
 from unlearn.methods.terms import Cost, Loss, Plain, Term
-from unlearn.metrics import MetricsLog
 from unlearn.model import cast_parameters, save_model
 from unlearn.optim.build import BETAS, EPS, linear_schedule, roles
 from unlearn.optim.muon import Muon
+from unlearn.run.log import MetricsLog
 from unlearn.trainer import train
 from unlearn.world.facts import WORLD_SEED, Fact, make_facts
 from unlearn.world.text import (

@@ -1,0 +1,1 @@
+"""The fine-tuning attack: its flags, its runs, what they show together."""

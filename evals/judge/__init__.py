@@ -1,0 +1,1 @@
+"""What the answers show: accuracies with intervals, letters, differences, verdicts."""

@@ -1,0 +1,157 @@
+"""A run of train.py's flags inside a process: trained, measured on the live model, exported."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from evals.evaluation import Evaluation
+from evals.judge.summary import write_summary
+from unlearn.config import TrainConfig
+from unlearn.distributed import TIMEOUT, set_timeout
+from unlearn.errors import UserError
+from unlearn.methods.terms import Phase
+from unlearn.model import load_config
+from unlearn.optim.build import make_schedule, restart
+from unlearn.run.checkpoint import Checkpoints
+from unlearn.run.folder import RUN
+from unlearn.run.log import MetricsLog
+from unlearn.run.run import Run, opened_run
+from unlearn.trainer import train
+from unlearn.unlearning import Unlearning, announce, assemble, export_bytes, fill_models, finish, read_lens
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run, assembled and at its folder: what `opened` gives.
+
+    Attributes:
+        run: its folder and checkpoints. evaluation: of the live model; None without --eval-tasks.
+        identity: digests of everything that is read.
+        wanted: tasks of which every measurement must give an accuracy.
+    """
+
+    unlearning: Unlearning
+    run: Run
+    evaluation: Evaluation | None
+    identity: dict[str, str]
+    wanted: Sequence[str]
+
+    @property
+    def folder(self) -> Path:
+        """The run's."""
+        return self.run.folder
+
+    def finished(self) -> bool:
+        """Whether an earlier attempt has finished this very run. Every rank must call it; see `Run.finished`."""
+        return self.run.finished(self.identity)
+
+    def train(self) -> None:
+        """Train from where an earlier attempt came to, export, and measure what was exported.
+
+        Raises:
+            NotFinite: see `trainer.train`. UserError: see `fill_models` and `Run.begin`.
+        """
+        found, config, folder = self.unlearning, self.unlearning.config, self.folder
+        set_timeout(TIMEOUT)  # a run before this one has shortened it for its steps
+        fill_models(found)
+        self.run.begin(self.identity, found.optimizers, export_bytes(found))
+        announce(found)
+        with MetricsLog(folder / "metrics.jsonl", found.steps, config.method) as log:
+            checkpoints = self.run.checkpoints(found.model, found.optimizers, log, found.steps)
+            done = checkpoints.resume().step
+            if done == 0:
+                read_lens(found, folder, "before")
+            offset = 0
+            for phase in found.phases:
+                steps = found.steps_of(phase)
+                if done < offset + steps:
+                    self._train_phase(phase, max(0, done - offset), offset, log, checkpoints)
+                offset += steps
+            finish(found, folder)
+            self._measure(found.steps, log)
+
+    def _train_phase(self, phase: Phase, first: int, offset: int, log: MetricsLog, checkpoints: Checkpoints) -> None:
+        """Train a phase, of which `first` steps are done, after `offset` steps of the phases before it."""
+        found, config = self.unlearning, self.unlearning.config
+        if first == 0:
+            phase.begin(found.model)
+            for optimizer in found.optimizers.values():
+                restart(optimizer)
+        train(
+            found.model,
+            found.loss_of(phase),
+            found.optimizers,
+            steps=found.steps_of(phase),
+            schedule=make_schedule(config.schedule, found.steps_of(phase), config.warmup_ratio),
+            log=log,
+            clip=config.clip,
+            log_every=config.log_every,
+            evaluate=lambda step: self._measure(step, log),
+            eval_every=config.eval_every,
+            first=first,
+            offset=offset,
+            phase=phase.name,
+            checkpoints=checkpoints,
+            timeout=timedelta(seconds=config.step_timeout),
+        )
+
+    def finish(self) -> None:
+        """Everything is written."""
+        self.run.finish()
+
+    def _measure(self, step: int, log: MetricsLog) -> None:
+        """Measure the live model; write evals/step-N.json and a line of the log."""
+        if self.evaluation is None:
+            return
+        found = self.unlearning
+        with found.precision():
+            result = self.evaluation.run(found.model, name=f"{found.config.model} after {step} steps")
+        written = write_summary(result, measurement(self.folder, step), found.config.split_by)
+        log.write({"step": step, **written})
+        missing = [task for task in self.wanted if f"{task}/acc" not in written]
+        if missing:
+            others = ", ".join([name.removesuffix("/acc") for name in written][:6])
+            raise UserError(
+                f"expected an accuracy of {missing[0]}; found accuracies of {others}: name others with "
+                "--hazard-tasks and --general-tasks"
+            )
+
+
+def measurement(folder: Path, step: int) -> Path:
+    """The file of a run's measurement after `step` optimizer steps."""
+    return folder / "evals" / f"step-{step:06d}.json"
+
+
+@contextmanager
+def opened(
+    config: TrainConfig,
+    device: torch.device,
+    *,
+    evaluation: Evaluation | None = None,
+    mesh: DeviceMesh | None = None,
+    marker: Path | None = None,
+    own: frozenset[str] = RUN,
+    wanted: Sequence[str] = (),
+) -> Iterator[Training]:
+    """Take a run's folder for the length of the block, and read all that it needs but weights.
+
+    Args:
+        evaluation: of the same flags, if there is one already. mesh: see `assemble`. marker, own: see `opened_run`.
+        wanted: see `Training`.
+
+    Raises:
+        UserError: a mistake in what the flags name; the folder is not for this run.
+    """
+    inputs = (config.model, getattr(config, "lens", None), config.forget, config.retain)
+    with opened_run(config, str(config.output), own, inputs, device, marker=marker) as run:
+        found = assemble(config, device, mesh)
+        if config.eval_tasks and evaluation is None:  # before the first step, so that a wrong name costs no training
+            model_config = load_config(config.model, revision=config.revision)
+            evaluation = Evaluation.of(config, found.tokenizer, model_config)
+        questions = {} if evaluation is None else {"questions": evaluation.sha256()}
+        yield Training(found, run, evaluation, found.identity | questions, wanted)
