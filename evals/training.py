@@ -1,8 +1,9 @@
 """A run of train.py's flags inside a process: trained, measured on the live model, exported."""
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from evals.judge.summary import write_summary
 from unlearn.config import TrainConfig
 from unlearn.distributed import TIMEOUT, set_timeout
 from unlearn.errors import UserError
-from unlearn.methods.terms import Phase
+from unlearn.methods.terms import Hooks, Phase
 from unlearn.model import load_config
 from unlearn.optim.build import make_schedule, restart
 from unlearn.run.checkpoint import Checkpoints
@@ -33,6 +34,7 @@ class Training:
         run: its folder and checkpoints. evaluation: of the live model; None without --eval-tasks.
         identity: digests of everything that is read.
         wanted: tasks of which every measurement must give an accuracy.
+        left_out: steps of each phase that its stop rule left out.
     """
 
     unlearning: Unlearning
@@ -40,6 +42,7 @@ class Training:
     evaluation: Evaluation | None
     identity: dict[str, str]
     wanted: Sequence[str]
+    left_out: dict[str, int] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -62,8 +65,12 @@ class Training:
         self.run.begin(self.identity, found.optimizers, export_bytes(found))
         announce(found)
         with MetricsLog(folder / "metrics.jsonl", found.steps, config.method) as log:
-            checkpoints = self.run.checkpoints(found.model, found.optimizers, log, found.steps)
-            done = checkpoints.resume().step
+            checkpoints = self.run.checkpoints(
+                found.model, found.optimizers, log, found.steps, extra=lambda: self.left_out, state=found.state()
+            )
+            progress = checkpoints.resume()
+            done = progress.step
+            self.left_out.update(progress.extra)
             if done == 0:
                 read_lens(found, folder, "before")
             offset = 0
@@ -96,9 +103,24 @@ class Training:
             first=first,
             offset=offset,
             phase=phase.name,
+            hooks=self._counting(phase),
             checkpoints=checkpoints,
             timeout=timedelta(seconds=config.step_timeout),
         )
+
+    def _counting(self, phase: Phase) -> Hooks:
+        """The hooks of a phase; where they end it, the steps that are left out are counted."""
+        stop = phase.hooks.stop
+        if stop is None:
+            return phase.hooks
+
+        def counted(done: int, numbers: Mapping[str, float]) -> str | None:
+            why = stop(done, numbers)
+            if why:
+                self.left_out[phase.name] = self.unlearning.steps_of(phase) - done
+            return why
+
+        return dataclasses.replace(phase.hooks, stop=counted)
 
     def finish(self) -> None:
         """Everything is written."""
@@ -108,9 +130,9 @@ class Training:
         """Measure the live model; write evals/step-N.json and a line of the log."""
         if self.evaluation is None:
             return
-        found = self.unlearning
+        found, taken = self.unlearning, step - sum(self.left_out.values())
         with found.precision():
-            result = self.evaluation.run(found.model, name=f"{found.config.model} after {step} steps")
+            result = self.evaluation.run(found.model, name=f"{found.config.model} after {taken} steps")
         written = write_summary(result, measurement(self.folder, step), found.config.split_by)
         log.write({"step": step, **written})
         missing = [task for task in self.wanted if f"{task}/acc" not in written]

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from unlearn.distributed import STEP_TIMEOUT, all_sum, all_true, set_timeout, sum_gradients
 from unlearn.errors import NotFinite
 from unlearn.lora import set_dropout_rows
-from unlearn.methods.terms import Loss, Numbers, add
+from unlearn.methods.terms import Hooks, Loss, Numbers, add
 from unlearn.optim.build import Schedule, set_learning_rates
 from unlearn.run.checkpoint import Checkpoints
 from unlearn.run.log import MetricsLog
@@ -23,6 +23,7 @@ from unlearn.sharding import all_reducing_last, reshard
 from unlearn.weights import local_rows
 
 Evaluate = Callable[[int], None]  # called with the number of optimizer steps done
+GradientFilter = Callable[[str, Mapping[str, nn.Parameter]], None]  # see `Hooks.filter`
 
 
 def train(
@@ -40,6 +41,7 @@ def train(
     first: int = 0,
     offset: int = 0,
     phase: str = "",
+    hooks: Hooks | None = None,
     checkpoints: Checkpoints | None = None,
     timeout: timedelta = STEP_TIMEOUT,
 ) -> None:
@@ -53,7 +55,8 @@ def train(
             the last step leaves is the caller's to measure.
         first: steps that were done before, in a run that goes on.
         offset: steps of the phases before this one: what is saved, logged and measured counts from the run's start.
-        phase: its name for the log, if it has one.
+        phase: its name for the log, if it has one. hooks: within a step; where they end the phase, it counts as done
+            to its last step, and the log says why.
         checkpoints: told after every step; while there are any, a signal to stop waits for the step's end.
         timeout: how long ranks wait for each other after the first step.
 
@@ -61,6 +64,7 @@ def train(
         SystemExit: the run was told to stop, and is saved.
         NotFinite: a loss or gradient is not finite on some rank; no weight of that step has then been changed.
     """
+    hooks = hooks or Hooks()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert len({isinstance(parameter, DTensor) for parameter in parameters}) == 1, "some weights are still gathered"
     with checkpoints.during_steps() if checkpoints is not None else nullcontext():
@@ -71,30 +75,54 @@ def train(
                 evaluate(offset + step)
             started = time.monotonic()
             model.train()
-            metrics = gradients(model, loss, step, steps)
+            metrics = gradients(model, loss, step, steps, _checked(hooks.filter, offset + step))
             norm = check_gradients(parameters, metrics, offset + step)
             clip_gradients(parameters, clip, norm)
             set_learning_rates(list(optimizers.values()), schedule(step))
             _update(optimizers.values(), norm.device)
-            if step % log_every == 0 or step == steps - 1:
+            logged = step % log_every == 0 or step == steps - 1
+            numbers = summed(metrics, norm.device) if logged or hooks.stop is not None else {}
+            why = _after_step(hooks, step + 1, numbers)
+            if logged or why:
                 line: dict[str, float | str] = {"step": offset + step, **({"phase": phase} if phase else {})}
-                line |= summed(metrics, norm.device) | _weights(loss, step, steps)
-                line["gradient_norm"] = norm.item()
-                line |= {f"{name}_lr": built.param_groups[0]["lr"] for name, built in optimizers.items()}
+                line |= numbers | _settings(loss, optimizers, step, steps) | {"gradient_norm": norm.item()}
                 line["tokens_per_second"] = float(line.pop("tokens", 0.0)) / (time.monotonic() - started)
-                log.write(line, shown=("forget_loss", "retain_loss", "loss"))
-            log.advance()
+                log.write(line | ({"stopped": why} if why else {}), shown=("forget_loss", "retain_loss", "loss"))
+            done = steps if why else step + 1
+            log.advance(done - step)
             if step == first:
                 set_timeout(timeout)
             if checkpoints is not None:
-                checkpoints.after(offset + step + 1)
+                checkpoints.after(offset + done)
+            if why:
+                break
     model.eval()
 
 
-def _weights(loss: Loss, step: int, steps: int) -> dict[str, float]:
-    """The weight of each term at a step, as it is logged."""
+def _checked(filter: GradientFilter | None, step: int) -> GradientFilter | None:
+    """A filter that looks at a gradient only once it is known to be finite, since it may keep something of it."""
+    if filter is None:
+        return None
+
+    def checked(name: str, trained: Mapping[str, nn.Parameter]) -> None:
+        check_gradients(list(trained.values()), {}, step)
+        filter(name, trained)
+
+    return checked
+
+
+def _after_step(hooks: Hooks, done: int, numbers: Mapping[str, float]) -> str | None:
+    """What hooks do once the optimizers have stepped; why the phase ends here, if it does."""
+    if hooks.after_step is not None:
+        hooks.after_step(done)
+    return None if hooks.stop is None else hooks.stop(done, numbers)
+
+
+def _settings(loss: Loss, optimizers: Mapping[str, Optimizer], step: int, steps: int) -> dict[str, float]:
+    """The weight of each term, and the learning rates, of a step."""
     pairs = zip(loss.terms, loss.weights(step, steps), strict=True)
-    return {f"{term.name}_weight": weight for term, weight in pairs}
+    rates = {f"{name}_lr": built.param_groups[0]["lr"] for name, built in optimizers.items()}
+    return {f"{term.name}_weight": weight for term, weight in pairs} | rates
 
 
 def _update(optimizers: Iterable[Optimizer], device: torch.device) -> None:
@@ -110,7 +138,9 @@ def _update(optimizers: Iterable[Optimizer], device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def gradients(model: nn.Module, loss: Loss, step: int, steps: int) -> dict[str, Tensor]:
+def gradients(
+    model: nn.Module, loss: Loss, step: int, steps: int, filter: GradientFilter | None = None
+) -> dict[str, Tensor]:
     """Leave the gradient of one optimizer step's loss in `.grad`.
 
     Each term is summed over micro-batches and ranks before the terms are added to each other. With two micro-batches a
@@ -119,19 +149,21 @@ def gradients(model: nn.Module, loss: Loss, step: int, steps: int) -> dict[str, 
 
     Args:
         model: whose parameters are trained, all of them replicated or all of them sharded.
+        filter: of one term's gradient; see `Hooks`.
 
     Returns:
         this rank's share of the numbers to log, [] each: the loss of each term, their weighted sum, tokens, and what
         the terms give.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    weights = loss.weights(step, steps)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parameters, weights = list(trained.values()), loss.weights(step, steps)
+    apart = filter is not None or not isinstance(parameters[0], DTensor)
     last = max((index for index, weight in enumerate(weights) if weight != 0.0), default=-1)
     metrics: Numbers = {}
     earlier: list[Tensor] = []
     for index, (term, weight) in enumerate(zip(loss.terms, weights, strict=True)):
         micro_batches = term.batches.micro_batches(step, parameters[0].device)
-        for rows in all_reducing_last(model, micro_batches, ends_step=index == last):
+        for rows in all_reducing_last(model, micro_batches, ends_step=index == last or filter is not None):
             set_dropout_rows(model, rows.keys)
             with torch.set_grad_enabled(weight != 0.0), loss.precision():
                 cost = term.cost(rows)
@@ -141,25 +173,34 @@ def gradients(model: nn.Module, loss: Loss, step: int, steps: int) -> dict[str, 
                 reshard(gathered)
             tokens = torch.full((), rows.tokens, device=share.device)
             add(metrics, {"tokens": tokens, f"{term.name}_loss": share, "loss": weight * share} | numbers)
-        if not isinstance(parameters[0], DTensor):
+        if apart:
+            _sum_over_ranks(parameters)
+            if filter is not None and weight != 0.0:
+                filter(term.name, trained)
             earlier = _add_term(parameters, earlier)
-    if isinstance(parameters[0], DTensor):
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        torch._foreach_mul_(_local_gradients(parameters), parameters[0].device_mesh.size())
-    else:
+    if apart:
         for parameter, gradient in zip(parameters, earlier, strict=True):
             parameter.grad = gradient
+    else:
+        _sum_over_ranks(parameters)
     return metrics
 
 
+def _sum_over_ranks(parameters: Sequence[nn.Parameter]) -> None:
+    """Make `.grad` the sum over ranks. Of a sharded one FSDP2 has taken the mean, if it had a part in the loss."""
+    if not isinstance(parameters[0], DTensor):
+        return sum_gradients(parameters)
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    torch._foreach_mul_(_local_gradients(parameters), parameters[0].device_mesh.size())
+
+
 def _add_term(parameters: Sequence[nn.Parameter], earlier: list[Tensor]) -> list[Tensor]:
-    """Take one term's gradients out of `.grad`, sum them over ranks, and add those of the terms before it."""
-    sum_gradients(parameters)
-    gradients = _local_gradients(parameters)
+    """Take one term's gradients out of `.grad`, and add those of the terms before it."""
     if earlier:
-        torch._foreach_add_(gradients, earlier)
+        torch._foreach_add_(_local_gradients(parameters), [local_rows(gradient)[0] for gradient in earlier])
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     for parameter in parameters:
         parameter.grad = None
     return gradients
@@ -180,7 +221,7 @@ def check_gradients(parameters: Sequence[nn.Parameter], metrics: Mapping[str, Te
     if isinstance(parameters[0], DTensor):
         dist.all_reduce(square, group=parameters[0].device_mesh.get_group("shard"))
     norm = square.sqrt().float()
-    numbers = torch.cat([norm[None].double(), _stack(metrics, norm.device)])
+    numbers = _stack({"norm": norm, **metrics}, norm.device)
     if not all_true(bool(torch.isfinite(numbers).all()), norm.device):
         raise NotFinite(
             f"expected finite losses and gradients; found NaN or infinity at step {step}, before any weight was "

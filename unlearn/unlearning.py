@@ -85,6 +85,10 @@ class Unlearning:
         """Optimizer steps of a phase."""
         return phase.steps or self._batches.steps
 
+    def state(self) -> dict[str, Tensor]:
+        """What the phases' hooks keep from step to step, by name; the models must have their weights."""
+        return {f"{phase.name}.{name}": value for phase in self.phases for name, value in phase.hooks.state().items()}
+
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""

@@ -111,6 +111,29 @@ class Term:
 
 
 @dataclass(frozen=True)
+class Hooks:
+    """What a method does within an optimizer step beside its loss, alike on all ranks.
+
+    A parameter that is sharded has a DTensor for a gradient, of which `unlearn.weights.local_rows` are here.
+
+    Attributes:
+        filter: called after a term's gradient is summed over ranks and found finite, before it is added to the other
+            terms' and clipped, with the term's name and the trained parameters by name: may change `.grad` in place.
+            Not called where the term's weight is 0. The terms' gradients are then held apart, which costs one more.
+        after_step: called with the number of the phase's steps done, once the optimizers have stepped.
+        stop: called after that with the same and the step's numbers, summed over ranks; says why the phase ends here,
+            or None.
+        state: what the hooks keep from step to step, by name: written to checkpoints, and read back in place. Called
+            when the model has its weights.
+    """
+
+    filter: Callable[[str, Mapping[str, nn.Parameter]], None] | None = None
+    after_step: Callable[[int], None] | None = None
+    stop: Callable[[int, Mapping[str, float]], str | None] | None = None
+    state: Callable[[], Mapping[str, Tensor]] = dict
+
+
+@dataclass(frozen=True)
 class Phase:
     """A part of a run, with a loss of its own and its optimizers' state from nothing.
 
@@ -120,12 +143,14 @@ class Phase:
         steps: optimizer steps, at most as many as its batches have; None: all of them.
         begin: called before its first step, and not when a run goes on within it: it may change weights that are
             trained (noise, rows drawn anew), alike on all ranks.
+        hooks: within its steps.
     """
 
     name: str
     terms: Sequence[Term]
     steps: int | None = None
     begin: Callable[[PreTrainedModel], None] = lambda model: None
+    hooks: Hooks = Hooks()
 
 
 @dataclass(frozen=True)

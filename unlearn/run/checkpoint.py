@@ -65,6 +65,7 @@ class Checkpoints:
         keep: how many stay.
         stop: who is told.
         extra: called at each save, see `Progress`; its result must be JSON. Rank 0's counts.
+        state: tensors that are written too, by name, and read back in place.
     """
 
     def __init__(
@@ -79,9 +80,11 @@ class Checkpoints:
         keep: int,
         stop: StopSignals,
         extra: Callable[[], dict[str, Any]] = dict,
+        state: Mapping[str, Tensor] | None = None,
     ):
         self._folder, self._model, self._optimizers, self._log = folder / FOLDER, model, optimizers, log
         self._steps, self._every, self._keep, self.stop, self._extra = steps, every, keep, stop, extra
+        self._state = state or {}
         self._begun = ExitStack()  # what ends the checkpoint that is being written
         self._written: Written | None = None
 
@@ -124,7 +127,7 @@ class Checkpoints:
     def _writing(self, step: int) -> Iterator[Written]:
         """Write a checkpoint of this moment during the block, then remove those beyond `keep`."""
         with shared_folder(self._folder / f"step-{step:06d}") as temporary:
-            with saving(temporary, dict(tensors(self._model, self._optimizers))) as written:
+            with saving(temporary, dict(tensors(self._model, self._optimizers, self._state))) as written:
                 with fail_together():
                     if is_main():
                         length, seconds = self._log.position()
@@ -143,7 +146,7 @@ class Checkpoints:
         """
         folder, progress = from_main(self._newest())
         if folder is not None:
-            load(folder, self._model, self._optimizers)
+            load(folder, self._model, self._optimizers, self._state)
             if is_main():
                 print(f"going on after step {progress.step} of {self._steps}, from {folder}", flush=True)
         self._log.go_back(progress.log_bytes, progress.step, progress.seconds)
@@ -191,8 +194,12 @@ def remove(folder: Path) -> None:
     shutil.rmtree(temporary_name(folder), ignore_errors=True)
 
 
-def tensors(model: nn.Module, optimizers: Mapping[str, Optimizer]) -> Iterator[tuple[str, Tensor]]:
-    """What a checkpoint holds, by name: `model.<parameter>` and `<optimizer>.<state>.<parameter>`."""
+def tensors(
+    model: nn.Module, optimizers: Mapping[str, Optimizer], state: Mapping[str, Tensor] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """What a checkpoint holds, by name: `model.<parameter>`, `<optimizer>.<state>.<parameter>` and `hooks.<name>`."""
+    for name, value in (state or {}).items():
+        yield f"hooks.{name}", value
     for name, parameter in _trainable(model).items():
         yield f"model.{name}", parameter.detach()
     for optimizer, built in optimizers.items():
@@ -203,8 +210,13 @@ def tensors(model: nn.Module, optimizers: Mapping[str, Optimizer]) -> Iterator[t
 
 
 @torch.no_grad()
-def load(folder: Path, model: nn.Module, optimizers: Mapping[str, Optimizer]) -> None:
-    """Read a checkpoint into `model` and `optimizers`, whatever their state; each rank reads what it holds.
+def load(
+    folder: Path,
+    model: nn.Module,
+    optimizers: Mapping[str, Optimizer],
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Read a checkpoint into `model`, `optimizers`, whatever their state, and `state`; each rank reads what it holds.
 
     Raises:
         UserError: it is damaged, or of another model or other optimizers.
@@ -214,6 +226,7 @@ def load(folder: Path, model: nn.Module, optimizers: Mapping[str, Optimizer]) ->
         reader = dcp.FileSystemReader(folder)
         stored = reader.read_metadata().state_dict_metadata
         wanted = {f"model.{name}": parameter.detach() for name, parameter in _trainable(model).items()}
+        wanted |= {f"hooks.{name}": value for name, value in (state or {}).items()}
         states = {name: _states(name, built, model, stored) for name, built in optimizers.items()}
         for name, of_parameters in states.items():
             wanted |= {f"{name}.{key}.{p}": value for p, found in of_parameters.items() for key, value in found.items()}

@@ -62,9 +62,9 @@ class MetricsLog:
                     with writing(self._path):
                         os.truncate(self._path, length)
 
-    def advance(self) -> None:
-        """One step is done."""
-        self._bar.update()
+    def advance(self, steps: int = 1) -> None:
+        """Some steps are done."""
+        self._bar.update(steps)
 
     def write(self, values: Mapping[str, float | int | str], shown: tuple[str, ...] = ()) -> None:
         """Append one line with `seconds` since the start added; show the keys in `shown` beside the bar."""

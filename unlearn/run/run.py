@@ -1,7 +1,7 @@
 """A run: a command that is started, and perhaps killed, and started again with the same flags."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,12 +80,12 @@ class Run:
         optimizers: Mapping[str, Optimizer],
         log: MetricsLog,
         steps: int,
-        extra: Callable[[], dict[str, Any]] = dict,
+        **more: Any,
     ) -> Checkpoints:
-        """See `Checkpoints`."""
+        """See `Checkpoints`, which is given `more`."""
         every, keep = self.config.save_every, self.config.keep
         return Checkpoints(
-            self.folder, model, optimizers, log, steps=steps, every=every, keep=keep, stop=self.stop, extra=extra
+            self.folder, model, optimizers, log, steps=steps, every=every, keep=keep, stop=self.stop, **more
         )
 
     def finish(self) -> None:
