@@ -1,4 +1,4 @@
-"""What a method does within an optimizer step beside its loss: a filter of gradients, a stop rule, state that is kept."""
+"""What a method does within a step beside its loss: a filter of gradients, a stop rule, and what they keep."""
 
 import json
 from collections.abc import Callable, Mapping
