@@ -188,10 +188,8 @@ def main() -> None:
             model=folder, optimizer="muon", layers=tuple(range(1, 33)), micro_batch=arguments.micro_batch
         )
         layout = Layout(4, 4)
-        print(
-            f"{'formula':44}{peak_gib(config, Shape.of(empty_model(folder)), layout, needs_of(config)):8.1f} GiB",
-            flush=True,
-        )
+        planned = peak_gib(config, Shape.of(empty_model(folder), config), layout, needs_of(config))
+        print(f"{'formula':44}{planned:8.1f} GiB", flush=True)
         for name, simulate in rows(config, layout):
             if arguments.only in name:
                 started = time.monotonic()

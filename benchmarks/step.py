@@ -142,7 +142,7 @@ class Run:
 
 def measure(config: TrainConfig, device: torch.device, steps: int) -> str:
     """One line of the table: a warm-up step, then the median of `steps`."""
-    shape = Shape.of(empty_model(config.model))
+    shape = Shape.of(empty_model(config.model), config)
     planned = peak_gib(
         config, shape, Layout(world_size(), world_size() if config.shard == "full" else 1), needs_of(config)
     )

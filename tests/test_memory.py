@@ -67,6 +67,10 @@ SLOW_MODES: dict[str, tuple[int, dict[str, Any]]] = {
     "lora, sharded, kl": (4, {"lora_rank": 8, "shard": "full", "retain_loss": "kl"}),
     "offloaded reference": (4, {"offload_reference": True}),
     "all activations": (4, {"checkpoint_activations": False}),
+    "mlps of the upper blocks": (4, {"train": r"layers\.[4-7]\.mlp", "layers": (8,), "optimizer": "muon"}),
+    "the embedding alone": (1, {"train": "embed_in"}),
+    "sgd": (2, {"optimizer": "sgd"}),
+    "lora in the upper blocks": (2, {"lora_rank": 8, "lora_layers": (5, 6), "layers": (6, 8)}),
 }
 ATTACKS: dict[str, tuple[int, dict[str, Any]]] = {
     "sharded on 4": (4, {}),
@@ -83,7 +87,7 @@ def test_formula_is_within_a_tenth_of_the_simulation(folder: str, mode: str) -> 
     ranks, flags = (MODES | SLOW_MODES)[mode]
     config = configured(folder, **flags)
     layout = Layout.of(config, ranks, ranks)
-    planned = peak_gib(config, Shape.of(empty_model(folder)), layout, needs_of(config))
+    planned = peak_gib(config, Shape.of(empty_model(folder), config), layout, needs_of(config))
     assert planned == pytest.approx(simulated_peak(config, layout) / GIB, rel=0.10)
 
 
@@ -93,7 +97,7 @@ def test_formula_of_an_attack_is_within_a_tenth_of_the_simulation(folder: str, m
     ranks, flags = ATTACKS[mode]
     config = configure("next-token", model=folder, seq_len=256, **({"micro_batch": 4} | flags))
     layout = Layout.of(config, ranks, ranks)
-    planned = peak_gib(config, Shape.of(empty_model(folder)), layout, needs_of(config))
+    planned = peak_gib(config, Shape.of(empty_model(folder), config), layout, needs_of(config))
     assert planned == pytest.approx(simulated_peak(config, layout) / GIB, rel=0.10)
 
 
@@ -134,7 +138,7 @@ def test_layouts_of_a_copy() -> None:
 
 
 def test_neighbours_need_less_and_are_sorted(folder: str) -> None:
-    shape, layout = Shape.of(empty_model(folder)), Layout(4, 4)
+    shape, layout = Shape.of(empty_model(folder), configured(folder)), Layout(4, 4)
     assert "--lora-rank 16" in {
         other.change
         for other in neighbours(configured(folder, optimizer="muon"), shape, layout, needs_of(configured(folder)))
@@ -147,7 +151,8 @@ def test_neighbours_need_less_and_are_sorted(folder: str) -> None:
 
 
 def test_a_run_that_cannot_fit_is_refused_by_term_and_remedy(folder: str) -> None:
-    config, shape = configured(folder, micro_batch=64), Shape.of(empty_model(folder))
+    config = configured(folder, micro_batch=64)
+    shape = Shape.of(empty_model(folder), config)
     with pytest.raises(
         UserError, match=r"fits into 0.5 GiB; found a planned peak of \d.*one block's backward.*: try --"
     ):
@@ -162,7 +167,7 @@ def test_train_refuses_before_it_reads(home: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_flops_of_full_training_by_hand(folder: str) -> None:
-    shape = Shape.of(empty_model(folder))
+    shape = Shape.of(empty_model(folder), configured(folder))
     assert shape.matrices == 8 * 12 * 512**2 and shape.head == 8009 * 512
     config = configured(folder, layers=(8,), retain_coef=0.0, retain_start=0.0, checkpoint_activations=False, batch=2)
     tokens, needs = 2 * 256, needs_of(config)
@@ -182,10 +187,9 @@ def test_plan_prints_tables_and_json(folder: str, capsys: pytest.CaptureFixture[
     found = json.loads(capsys.readouterr().out)
     assert found["peak_gib"] == pytest.approx(sum(found["terms_gib"].values()))
     assert found["simulated_gib"] == pytest.approx(found["peak_gib"], rel=0.25)  # so small that temporaries count
-    assert (
-        terms(planned(**settings), Shape.of(empty_model(folder)), Layout(4, 4), needs_of(planned(**settings))).keys()
-        == found["terms_gib"].keys()
-    )
+    config = planned(**settings)
+    named = terms(config, Shape.of(empty_model(folder), config), Layout(4, 4), needs_of(config))
+    assert named.keys() == found["terms_gib"].keys()
 
 
 def test_plan_refuses_a_world_that_does_not_divide(folder: str) -> None:

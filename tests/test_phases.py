@@ -190,7 +190,7 @@ def test_another_teacher_is_another_run(home: Path, tmp_path: Path, attempt: Cal
 
 def test_the_plan_counts_a_teacher(home: Path, method: Any) -> None:
     config = configure("next-token", **settings(home))
-    shape, peaks = Shape.of(empty_model(config.model)), []
+    shape, peaks = Shape.of(empty_model(config.model), config), []
     for own in ({}, {"terms": distilled(home / "model")}):
         if own:
             method(**own)

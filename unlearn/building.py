@@ -16,6 +16,7 @@ from unlearn.lora import add_lora, lora_disabled
 from unlearn.methods import method_module
 from unlearn.methods.terms import Needs, Original, Parts, Phase, Term
 from unlearn.model import disable_dropout, empty_model
+from unlearn.parameters import train_only
 from unlearn.precision import DTYPES, Precision, autocast
 from unlearn.sharding import checkpoint_blocks, compile_blocks, shard
 
@@ -40,6 +41,10 @@ class ModelFlags(Protocol):
     @property
     def lora_targets(self) -> Sequence[str]: ...
     @property
+    def lora_layers(self) -> Sequence[int]: ...
+    @property
+    def train(self) -> str | None: ...
+    @property
     def checkpoint_activations(self) -> bool: ...
     @property
     def compile_blocks(self) -> bool: ...
@@ -56,8 +61,10 @@ def trained_model(config: ModelFlags, mesh: DeviceMesh | None) -> PreTrainedMode
     disable_dropout(model)
     if config.lora_rank > 0:
         assert config.lora_alpha is not None and config.lora_dropout is not None
-        targets = config.lora_targets
-        add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, targets, seed=config.seed)
+        named = {"targets": config.lora_targets, "layers": config.lora_layers, "seed": config.seed}
+        add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, **named)  # type: ignore[arg-type]
+    elif config.train is not None:
+        train_only(model, config.train)
     if config.checkpoint_activations:
         checkpoint_blocks(model)
     if config.compile_blocks:

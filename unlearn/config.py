@@ -27,8 +27,10 @@ RETAIN = "EleutherAI/wikitext_document_level:wikitext-103-raw-v1"
 LORA = Only(lambda config: config.lora_rank > 0, "without --lora-rank")
 MUON = Only(lambda config: config.optimizer == "muon", "without --optimizer muon")
 WITH_FLOOR = Only(lambda config: config.muon_method != "quintic", "with --muon-method quintic")
+FULL = Only(lambda config: config.lora_rank == 0, "with LoRA, which trains adapters: see --lora-targets")
 FUSED = Only(lambda config: config.lora_rank == 0, "with LoRA, whose matrices are not fused")
-ADAM = Only(lambda config: config.uses_adam, "with --optimizer muon and LoRA")
+ADAM = Only(lambda config: config.uses_adam, "with --optimizer sgd, or with muon and LoRA")
+SGD = Only(lambda config: config.optimizer == "sgd", "without --optimizer sgd")
 EVALUATES = Only(lambda config: bool(config.eval_tasks), "without --eval-tasks")
 FORGETS = Only(lambda config: getattr(config, "remove_coef", 1.0) != 0.0, "with --remove-coef 0")
 HAS_RETAIN = Only(lambda config: hasattr(config, "retain_coef"), "with a method that has no retain loss")
@@ -136,11 +138,19 @@ class TrainConfig(CorpusFlags, ResumeFlags, DeviceFlags):
     """Probability of dropping an adapter's input. Published: 0.05, the default with LoRA."""
     lora_targets: tuple[str, ...] = flag((), only=LORA)
     """Linear layers to adapt, by the last part of their name, e.g. query_key_value. Default: all in the blocks."""
+    lora_layers: tuple[int, ...] = flag((), only=LORA)
+    """Blocks whose layers are adapted, from 0. Default: all."""
+    train: str | None = flag(only=FULL)
+    """Regular expression for the names of the parameters that full training trains, e.g. 'mlp' or 'layers\\.[56]\\.';
+    the others stay as they are. Default: all."""
 
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw for everything; or muon for the matrices inside the blocks (and the adapters), adamw for the rest."""
+    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
+    """adamw or sgd (without momentum) for everything; or muon for the matrices inside the blocks (and the adapters),
+    adamw for the rest."""
     adam_lr: float | None = flag(published=by_mode(lora=1e-3, full=3e-4), above=0.0, only=ADAM)
     """Peak learning rate of AdamW. Published: 1e-3 with LoRA, 3e-4 full."""
+    sgd_lr: float | None = flag(published=0.2, above=0.0, only=SGD)
+    """Peak learning rate of SGD. Published: 0.2, of normalised gradients (https://arxiv.org/abs/2509.11816)."""
     muon_lr: float | None = flag(published=1e-3, above=0.0, only=MUON)
     """Peak learning rate of Muon. Published: 1e-3."""
     momentum: float | None = flag(published=0.95, least=0.0, below=1.0, only=MUON)
@@ -241,7 +251,7 @@ class TrainConfig(CorpusFlags, ResumeFlags, DeviceFlags):
     @property
     def uses_adam(self) -> bool:
         """Whether AdamW gets any parameter: under Muon, LoRA leaves it none."""
-        return not (self.optimizer == "muon" and self.lora_rank > 0)
+        return self.optimizer == "adamw" or (self.optimizer == "muon" and self.lora_rank == 0)
 
     def shard_kind(self, world_size: int) -> Literal["full", "hybrid", "replicate"]:
         """How the model is laid out over `world_size` ranks."""
@@ -250,6 +260,15 @@ class TrainConfig(CorpusFlags, ResumeFlags, DeviceFlags):
     def check_depth(self, depth: int) -> None:
         """Raise unless every target layer of the method exists in a model of `depth` blocks."""
         check_layers(getattr(self, "layers", ()), depth, depth)
+
+    def check_lora_layers(self, depth: int) -> None:
+        """Raise unless every adapted block exists in a model of `depth` blocks."""
+        for layer in self.lora_layers:
+            if not 0 <= layer < depth:
+                raise UserError(
+                    f"expected --lora-layers in 0..{depth - 1} (the model has {depth} blocks); found {layer}: choose "
+                    "others"
+                )
 
 
 def check_layers(layers: Sequence[int], highest: int, depth: int) -> None:

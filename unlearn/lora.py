@@ -109,6 +109,7 @@ def add_lora(
     dropout: float = 0.0,
     targets: Sequence[str] = (),
     *,
+    layers: Sequence[int] = (),
     seed: int = 0,
 ) -> list[nn.Parameter]:
     """Adapt linear layers inside the blocks, in place, and freeze everything else.
@@ -116,6 +117,7 @@ def add_lora(
     Args:
         rank, alpha, dropout: r, alpha and the drop probability of the formula above.
         targets: last parts of layer names, e.g. `query_key_value`; by default every attention and MLP matrix.
+        layers: blocks whose layers are adapted; by default all.
         seed: of A's initial values; the same at any number of ranks.
 
     Returns:
@@ -133,12 +135,22 @@ def add_lora(
             )
     model.requires_grad_(False)
     for name, layer in linears.items():
-        if targets and name.split(".")[-1] not in targets:
+        if not is_target(model, f"{name}.weight", targets, layers):
             continue
         parent, _, child = name.rpartition(".")
         adapted = LoraLinear(layer, name, rank=rank, alpha=alpha, dropout=dropout, seed=seed)
         setattr(model.get_submodule(parent), child, adapted.train(layer.training))
     return [parameter for layer in adapters(model).values() for parameter in (layer.lora_A, layer.lora_B)]
+
+
+def is_target(model: PreTrainedModel, name: str, targets: Sequence[str], layers: Sequence[int]) -> bool:
+    """Whether the matrix of this name, inside the blocks, is one to adapt: `targets` and `layers` as in `add_lora`."""
+    return (not targets or name.split(".")[-2] in targets) and (not layers or _block_of(model, name) in layers)
+
+
+def _block_of(model: PreTrainedModel, name: str) -> int:
+    """The number of the block in which a layer of this name is."""
+    return int(name.removeprefix(blocks_prefix(model)).partition(".")[0])
 
 
 @contextmanager
@@ -200,12 +212,13 @@ def save_adapter(model: PreTrainedModel, folder: Path, base_name: str) -> None:
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 save_tensors(tensors, folder / "adapter_model.safetensors")
-            write_json(folder / "adapter_config.json", _peft_config(layers, base_name))
+            write_json(folder / "adapter_config.json", _peft_config(model, base_name))
 
 
-def _peft_config(layers: dict[str, LoraLinear], base_name: str) -> dict[str, Any]:
+def _peft_config(model: PreTrainedModel, base_name: str) -> dict[str, Any]:
+    layers = adapters(model)
     first = next(iter(layers.values()))
-    rank = first.lora_A.shape[0]
+    rank, adapted = first.lora_A.shape[0], sorted({_block_of(model, name) for name in layers})
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -214,7 +227,7 @@ def _peft_config(layers: dict[str, LoraLinear], base_name: str) -> dict[str, Any
         "lora_alpha": first.scale * rank,
         "lora_dropout": first.dropout,
         "target_modules": sorted({name.split(".")[-1] for name in layers}),
-        "layers_to_transform": None,
+        "layers_to_transform": adapted if len(adapted) < len(blocks(model)) else None,
         "fan_in_fan_out": isinstance(first.base, Conv1D),
         "bias": "none",
         "inference_mode": True,
@@ -232,7 +245,9 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
         tensors = load_file(folder / "adapter_model.safetensors")
     except (OSError, json.JSONDecodeError, SafetensorError) as error:
         raise hub_error(str(folder), "adapter", error) from error
-    add_lora(model, config["r"], config["lora_alpha"], config["lora_dropout"], config["target_modules"])
+    where = config.get("layers_to_transform")  # PEFT takes a number for a list of one
+    named = {"targets": config["target_modules"], "layers": [where] if isinstance(where, int) else where or ()}
+    add_lora(model, config["r"], config["lora_alpha"], config["lora_dropout"], **named)
     layers = adapters(model)
     expected = {f"{PEFT_PREFIX}{name}.lora_{part}.weight" for name in layers for part in "AB"}
     if expected != set(tensors):

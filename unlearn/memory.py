@@ -10,18 +10,21 @@ n target layers, D hidden size, V vocabulary.
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from unlearn.config import TrainConfig
 from unlearn.errors import UserError
+from unlearn.lora import is_target
 from unlearn.losses import CHUNK
 from unlearn.methods.terms import Needs
 from unlearn.model import blocks, blocks_prefix
 from unlearn.optim.polar import flops
+from unlearn.parameters import lowest_block, matching
 
 GIB = 2**30
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
@@ -39,7 +42,10 @@ class Shape:
     Attributes:
         parameters: of the whole model. matrices: of the matrices inside the blocks, Muon's share.
         block: parameters of the largest block. head: of the unembedding, V D. tied: whether it is the embedding too.
-        targets: (outputs, inputs) of every linear layer inside the blocks that LoRA would adapt.
+        targets: (outputs, inputs) of every linear layer inside the blocks that LoRA would adapt. orthogonalised: of
+            every one that full training would give to Muon.
+        trained, trained_matrices, trained_block, trained_head: what full training trains of the first four.
+        lowest: the lowest block in which anything trains; -1: the embedding does.
     """
 
     parameters: int
@@ -51,31 +57,51 @@ class Shape:
     vocabulary: int
     depth: int
     targets: tuple[tuple[int, int], ...]
+    orthogonalised: tuple[tuple[int, int], ...]
+    trained: int
+    trained_matrices: int
+    trained_block: int
+    trained_head: int
+    lowest: int
 
     @classmethod
-    def of(cls, model: PreTrainedModel, targets: tuple[str, ...] = ()) -> "Shape":
-        """Read the sizes off a model, which may be on the meta device."""
+    def of(cls, model: PreTrainedModel, flags: TrainConfig) -> "Shape":
+        """Read the sizes off a model, which may be on the meta device, and of what the flags train of it.
+
+        Raises:
+            UserError: see `parameters.matching`.
+        """
         prefix = blocks_prefix(model)
-        named = list(model.named_parameters())
-        inside = [p for name, p in named if name.startswith(prefix) and p.ndim >= 2]
-        linears = [
-            (p.shape[0], p.shape[1])
-            for name, p in named
-            if name.startswith(prefix) and p.ndim == 2 and (not targets or name.split(".")[-2] in targets)
-        ]
+        named = dict(model.named_parameters())
+        inside = {name: p for name, p in named.items() if name.startswith(prefix) and p.ndim >= 2}
+        pairs = {name: (p.shape[0], p.shape[1]) for name, p in inside.items() if p.ndim == 2}
+        adapted = [name for name in pairs if is_target(model, name, flags.lora_targets, flags.lora_layers)]
+        chosen = {name: named[name] for name in (named if flags.train is None else matching(model, flags.train))}
         head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
         config: PretrainedConfig = model.config
+        in_blocks = [list(block.parameters()) for block in blocks(model)]
+        trained = {id(parameter) for parameter in chosen.values()}
         return cls(
-            parameters=sum(p.numel() for _, p in named),
-            matrices=sum(p.numel() for p in inside),
-            block=max(sum(p.numel() for p in block.parameters()) for block in blocks(model)),
+            parameters=_size(named.values()),
+            matrices=_size(inside.values()),
+            block=max(map(_size, in_blocks)),
             head=head.numel(),
+            trained=_size(chosen.values()),
+            trained_matrices=_size(p for name, p in inside.items() if name in chosen),
+            trained_block=max(_size(p for p in block if id(p) in trained) for block in in_blocks),
+            trained_head=head.numel() if id(head) in trained else 0,
+            lowest=lowest_block(model, adapted if flags.lora_rank else list(chosen)),
             tied=head is embedding,
             hidden=int(config.hidden_size),
             vocabulary=int(config.vocab_size),
             depth=int(config.num_hidden_layers),
-            targets=tuple(linears),
+            targets=tuple(pairs[name] for name in adapted),
+            orthogonalised=tuple(pairs[name] for name in pairs if name in chosen),
         )
+
+
+def _size(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 @dataclass(frozen=True)
@@ -107,7 +133,7 @@ def terms(config: TrainConfig, shape: Shape, layout: Layout, needs: Sequence[Nee
     if own:
         result["the method's own"] = own
     if not _is_sharded(config, layout) and config.lora_rank == 0 and compute != 4:
-        result["weights as autocast rounds them"] = shape.parameters * compute
+        result["weights as autocast rounds them"] = shape.trained * compute  # it keeps those of trained ones
     result["activations"] = _activations(config, shape, needs) * compute
     block, vocabulary = one_block(config, shape, layout), _vocabulary(config, shape, layout, needs)
     return result | max(block, vocabulary, key=lambda moment: sum(moment.values()))
@@ -121,7 +147,8 @@ def _is_sharded(config: TrainConfig, layout: Layout) -> bool:
 def _states(config: TrainConfig, shape: Shape, layout: Layout, needs: Sequence[Needs]) -> dict[str, float]:
     """Weights, gradients, optimizer states and the reference."""
     compute, ranks = DTYPE_BYTES[config.dtype], layout.shard
-    trained, in_muon, result = shape.parameters, shape.matrices, {"weights": 4 * shape.parameters / ranks}
+    trained, in_muon = shape.trained, shape.trained_matrices
+    result = {"weights": 4 * shape.parameters / ranks}
     if config.lora_rank:
         trained = in_muon = sum(config.lora_rank * (outputs + inputs) for outputs, inputs in shape.targets)
         result["weights"] = (compute * shape.parameters + 4 * trained) / ranks
@@ -129,7 +156,8 @@ def _states(config: TrainConfig, shape: Shape, layout: Layout, needs: Sequence[N
         in_muon = 0
     terms = 1 if _is_sharded(config, layout) else min(2, len(needs))  # replicated gradients are summed term by term
     result["gradients"] = 4 * trained * terms / ranks
-    result["optimizer"] = (4 * in_muon + 8 * (trained - in_muon)) / ranks
+    if config.optimizer != "sgd":
+        result["optimizer"] = (4 * in_muon + 8 * (trained - in_muon)) / ranks
     teacher = max(term.teacher for term in needs)
     if teacher:
         wide = not _is_sharded(config, layout) and config.lora_rank == 0
@@ -142,13 +170,18 @@ def _states(config: TrainConfig, shape: Shape, layout: Layout, needs: Sequence[N
 def _activations(config: TrainConfig, shape: Shape, needs: Sequence[Needs]) -> float:
     """Numbers that one micro-batch keeps for its backward pass: what blocks keep, and the original's streams."""
     kept = 1 if config.checkpoint_activations else KEPT[config.lora_rank > 0]
-    most = max(kept * _reach(term, shape) + term.kept for term in needs)
+    most = max(kept * _differentiated(term, shape) + term.kept for term in needs)
     return float(micro_tokens(config) * shape.hidden * (most + 3))
 
 
 def _reach(term: Needs, shape: Shape) -> int:
     """How many blocks a term runs."""
     return shape.depth if term.deepest is None else term.deepest
+
+
+def _differentiated(term: Needs, shape: Shape) -> int:
+    """How many blocks the backward pass of a term goes through."""
+    return max(0, _reach(term, shape) - max(0, shape.lowest))
 
 
 def one_block(config: TrainConfig, shape: Shape, layout: Layout) -> dict[str, float]:
@@ -158,7 +191,7 @@ def one_block(config: TrainConfig, shape: Shape, layout: Layout) -> dict[str, fl
     result = {"one block's backward pass": float(kept * micro_tokens(config) * shape.hidden * compute)}
     if _is_sharded(config, layout):
         gradient = 0 if config.lora_rank else compute + 4  # as computed, and in float32 for the reduction
-        result["gathered blocks"] = float(shape.block * (2 * compute + gradient))
+        result["gathered blocks"] = float(shape.block * 2 * compute + shape.trained_block * gradient)
     return result
 
 
@@ -175,7 +208,8 @@ def _vocabulary(config: TrainConfig, shape: Shape, layout: Layout, needs: Sequen
     if above and not compared and config.lora_rank and _is_sharded(config, layout):
         result["gathered unembedding and embedding"] = float(2 * shape.head * compute)
     if above and not config.lora_rank:
-        result["unembedding and its gradient"] = float(shape.head * ((3 if compared else 2) * compute + 4))
+        gathered, gradient = shape.head * (2 if compared else 1) * compute, shape.trained_head * (compute + 4)
+        result["unembedding and its gradient"] = float(gathered + gradient)
     return result
 
 
@@ -187,25 +221,30 @@ def micro_tokens(config: TrainConfig) -> int:
 def flops_per_step(config: TrainConfig, shape: Shape, needs: Sequence[Needs]) -> float:
     """Multiply-adds, times two, of one optimizer step over all ranks, at full windows.
 
-    Per token and parameter of the blocks: 2 forward, 4 backward (2 where only adapters are trained), 2 for the
-    recomputation, 2 for the original; the unembedding's products likewise; what a method computes beside the
-    models; and Muon's iterations. Attention itself is left out (a few per cent).
+    Per token and parameter of the blocks: 2 forward, 2 backward and 2 more where it trains, 2 for the recomputation, 2
+    for the original; backward and recomputation end at the lowest block that trains; the unembedding's products
+    likewise; what a method computes beside the models; and Muon's iterations. Attention itself is left out (a few per
+    cent).
     """
-    backward = 4 if config.lora_rank == 0 else 2
-    total = 0.0
-    for term in needs:
-        passes = 2 + backward + (2 if config.checkpoint_activations else 0) + (2 if term.original else 0)
-        head = (2 + backward + (2 if term.original else 0)) * shape.head if term.deepest is None else 0
-        blocks = passes * shape.matrices * _reach(term, shape) / shape.depth
-        total += config.batch * config.seq_len * (blocks + head + term.flops)
-    return total + _orthogonalisation(config, shape)
+    tokens = config.batch * config.seq_len
+    return sum(tokens * flops_per_token(config, shape, term) for term in needs) + _orthogonalisation(config, shape)
+
+
+def flops_per_token(config: TrainConfig, shape: Shape, term: Needs) -> float:
+    """Of one term of the loss; see `flops_per_step`."""
+    forward, block = 4 if term.original else 2, shape.matrices / shape.depth
+    back = 2 + (2 if config.checkpoint_activations else 0)
+    through = forward * _reach(term, shape) + back * _differentiated(term, shape)
+    weights = 0.0 if config.lora_rank else 2 * shape.trained_matrices * _reach(term, shape) / shape.depth
+    head = (forward + 2) * shape.head + (0 if config.lora_rank else 2 * shape.trained_head)
+    return block * through + weights + (head if term.deepest is None else 0) + term.flops
 
 
 def _orthogonalisation(config: TrainConfig, shape: Shape) -> float:
     """Floating-point operations of Muon on every matrix that it gets, once."""
     if config.optimizer != "muon":
         return 0.0
-    matrices = list(shape.targets)
+    matrices = list(shape.orthogonalised)
     if config.lora_rank:
         matrices = [pair for m, n in shape.targets for pair in ((config.lora_rank, n), (m, config.lora_rank))]
     method, floor = config.muon_method or "gram", config.muon_floor or 0.0
@@ -259,6 +298,7 @@ def neighbours(config: TrainConfig, shape: Shape, layout: Layout, needs: Sequenc
         lora |= {"lora_alpha": None, "lora_dropout": None}
         if config.optimizer == "muon":
             lora |= {"adam_lr": None, "muon_qkv": None}
+        lora["train"] = None
         consider("--lora-rank 16", lora, Layout(layout.world_size, 1))
     return sorted((found for found in tried if found.peak_gib < here), key=lambda found: found.peak_gib)
 
@@ -276,6 +316,17 @@ def check_rank(lora_rank: int, shape: Shape) -> None:
             f"expected --lora-rank of at most {highest}, the full rank of the largest adapted matrix; found "
             f"{lora_rank}: lower it, or train in full without it"
         )
+
+
+def check_reach(shape: Shape, needs: Sequence[Needs]) -> None:
+    """Raise if a term of the loss reads nothing that depends on a trained parameter."""
+    for term in needs:
+        if term.deepest is not None and not _differentiated(term, shape) and shape.lowest >= 0:
+            where = f"in block {shape.lowest}" if shape.lowest < shape.depth else "above all blocks"
+            raise UserError(
+                f"expected to train something below layer {term.deepest}, the deepest that one of the losses reads; "
+                f"found that the lowest is {where}: change --train, --lora-layers or --layers"
+            )
 
 
 def check_fits(config: TrainConfig, shape: Shape, layout: Layout, needs: Sequence[Needs], limit_gib: float) -> None:

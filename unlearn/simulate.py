@@ -182,6 +182,7 @@ def optimizer_states(config: TrainConfig, model: torch.nn.Module) -> list[Any]:
         model,  # type: ignore[arg-type]
         optimizer=config.optimizer,
         adam_lr=config.adam_lr,
+        sgd_lr=config.sgd_lr,
         muon_lr=config.muon_lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,

@@ -30,7 +30,7 @@ from unlearn.files import absolute_model, files_hash
 from unlearn.lens import TunedLens
 from unlearn.lens_readings import Stage, encode_prompts, read_prompts, write_stage
 from unlearn.lora import adapters, initial_adapters, merge_lora, save_adapter
-from unlearn.memory import Layout, Shape, available_gib, check_fits, check_rank
+from unlearn.memory import Layout, Shape, available_gib, check_fits, check_rank, check_reach
 from unlearn.methods.terms import Loss, Needs, Parts, Phase
 from unlearn.model import (
     cast_parameters,
@@ -110,6 +110,7 @@ def assemble(config: TrainConfig, device: torch.device, mesh: DeviceMesh | None 
     """
     model_config = load_config(config.model, revision=config.revision)
     config.check_depth(int(model_config.num_hidden_layers))
+    config.check_lora_layers(int(model_config.num_hidden_layers))
     needs = needs_of(config)
     _check_memory(config, needs, device)
     tokenizer = load_tokenizer(config.model, revision=config.revision)
@@ -194,6 +195,7 @@ def fill_models(run: Unlearning) -> None:
         run.model,
         optimizer=config.optimizer,
         adam_lr=config.adam_lr,
+        sgd_lr=config.sgd_lr,
         muon_lr=config.muon_lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
@@ -275,8 +277,9 @@ def _check_memory(config: TrainConfig, needs: Sequence[Needs], device: torch.dev
     """Refuse a run that cannot fit, before anything is read but the model's configuration."""
     model = empty_model(config.model, revision=config.revision)
     layout = Layout.of(config, world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", world_size())))
-    shape = Shape.of(model, config.lora_targets)
+    shape = Shape.of(model, config)
     check_rank(config.lora_rank, shape)
+    check_reach(shape, needs)
     check_fits(config, shape, layout, needs, available_gib(device))
 
 

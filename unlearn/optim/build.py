@@ -1,4 +1,4 @@
-"""Who gets Muon and who AdamW, and how learning rates move over a run.
+"""Who gets Muon, AdamW or SGD, and how learning rates move over a run.
 
 A parameter's *role* decides, never its size: matrices inside the blocks and LoRA's A and B are Muon's; embeddings,
 unembedding, norms and biases are AdamW's.
@@ -55,6 +55,7 @@ def build_optimizers(
     *,
     optimizer: str,
     adam_lr: float | None,
+    sgd_lr: float | None = None,
     muon_lr: float | None = None,
     momentum: float | None = None,
     weight_decay: float = 0.01,
@@ -62,13 +63,14 @@ def build_optimizers(
     floor: float | None = None,
     qkv: Qkv = "fused",
 ) -> dict[str, torch.optim.Optimizer]:
-    """The optimizers of a run: {"adamw": ..} or {"muon": .., "adamw": ..}, without one that would get no parameter.
+    """The optimizers of a run: {"adamw": ..}, {"sgd": ..} or {"muon": .., "adamw": ..}, without one that would get no
+    parameter.
 
     Weight decay is for matrices and embeddings; norms and biases are left alone.
 
     Args:
-        optimizer: `adamw` or `muon`.
-        adam_lr, muon_lr: peak learning rates of either.
+        optimizer: `adamw`, `sgd` (without momentum) or `muon`.
+        adam_lr, sgd_lr, muon_lr: peak learning rates of each.
         momentum, method, floor, qkv: of Muon.
 
     Raises:
@@ -101,7 +103,10 @@ def build_optimizers(
         decayed = [*parts.matrices.values(), *decayed]
     groups = [(decayed, weight_decay), (list(parts.vectors.values()), 0.0)]
     filled = [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
-    if filled:
+    if filled and optimizer == "sgd":
+        assert sgd_lr is not None
+        built["sgd"] = torch.optim.SGD(filled, lr=sgd_lr, foreach=True)
+    elif filled:
         assert adam_lr is not None
         built["adamw"] = torch.optim.AdamW(filled, lr=adam_lr, betas=BETAS, eps=EPS, fused=True)
     if not built:
