@@ -123,6 +123,10 @@ class Pairs:
         both = (source.micro_batches(step, device) for source in (self.forget, self.retain))
         return (Pair(*pair) for pair in zip(*both, strict=True))
 
+    def tokens(self, step: int) -> int:
+        """See `unlearn.methods.terms.Source`."""
+        return self.forget.tokens(step) + self.retain.tokens(step)
+
 
 @dataclass(frozen=True)
 class Both:

@@ -125,9 +125,9 @@ def prepare(config: TamperConfig, device: "torch.device") -> Grid:
         UserError: anything that the flags name is missing, damaged or does not fit the rest; an attack cannot fit.
     """
     from evals.evaluation import Evaluation
+    from unlearn.assemble import assemble
     from unlearn.model import load_config, load_tokenizer
     from unlearn.model_config import check_rows
-    from unlearn.unlearning import assemble
 
     tokenizer, subjects = load_tokenizer(config.model, revision=config.revision), config.subjects()
     identity = _models(config, tokenizer)

@@ -12,9 +12,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from evals.evaluation import Evaluation
 from evals.judge.summary import write_summary
+from unlearn.assemble import Unlearning, announce, assemble, fill_models
 from unlearn.config import TrainConfig
+from unlearn.cost import CpuTime, Passes, peak_gib
 from unlearn.distributed import TIMEOUT, set_timeout
 from unlearn.errors import UserError
+from unlearn.export import export_bytes, finish, read_lens
 from unlearn.methods.terms import Hooks, Phase
 from unlearn.model import load_config
 from unlearn.optim.build import make_schedule, restart
@@ -23,7 +26,6 @@ from unlearn.run.folder import RUN
 from unlearn.run.log import MetricsLog
 from unlearn.run.run import Run, opened_run
 from unlearn.trainer import train
-from unlearn.unlearning import Unlearning, announce, assemble, export_bytes, fill_models, finish, read_lens
 
 
 @dataclass(frozen=True)
@@ -60,17 +62,23 @@ class Training:
             NotFinite: see `trainer.train`. UserError: see `fill_models` and `Run.begin`.
         """
         found, config, folder = self.unlearning, self.unlearning.config, self.folder
+        cpu = CpuTime()
         set_timeout(TIMEOUT)  # a run before this one has shortened it for its steps
         fill_models(found)
         self.run.begin(self.identity, found.optimizers, export_bytes(found))
         announce(found)
         with MetricsLog(folder / "metrics.jsonl", found.steps, config.method) as log:
             checkpoints = self.run.checkpoints(
-                found.model, found.optimizers, log, found.steps, extra=lambda: self.left_out, state=found.state()
+                found.model,
+                found.optimizers,
+                log,
+                found.steps,
+                extra=lambda: {"left_out": self.left_out, "cpu_seconds": cpu.seconds()},
+                state=found.state(),
             )
             progress = checkpoints.resume()
-            done = progress.step
-            self.left_out.update(progress.extra)
+            done, cpu.before = progress.step, progress.extra.get("cpu_seconds", 0.0)
+            self.left_out.update(progress.extra.get("left_out", {}))
             if done == 0:
                 read_lens(found, folder, "before")
             offset = 0
@@ -81,6 +89,20 @@ class Training:
                 offset += steps
             finish(found, folder)
             self._measure(found.steps, log)
+            self.run.record({"cost": self._passes() | self._spent(log, cpu)})
+
+    def _passes(self) -> dict[str, float]:
+        """Tokens and arithmetic of all steps that were taken."""
+        found, total = self.unlearning, Passes()
+        for phase in found.phases:
+            for step in range(found.steps_of(phase) - self.left_out.get(phase.name, 0)):
+                total += found.passes(phase, step)
+        return total.as_numbers()
+
+    def _spent(self, log: MetricsLog, cpu: CpuTime) -> dict[str, float]:
+        """Seconds of work, those of all ranks' processors, and the most memory that one has held."""
+        peak = peak_gib(self.unlearning.parts.device)
+        return {"seconds": log.position()[1], "cpu_seconds": cpu.seconds(), "peak_gib": round(peak, 3)}
 
     def _train_phase(self, phase: Phase, first: int, offset: int, log: MetricsLog, checkpoints: Checkpoints) -> None:
         """Train a phase, of which `first` steps are done, after `offset` steps of the phases before it."""

@@ -107,8 +107,8 @@ def prepare(place: Path) -> None:
     import evals.evaluation  # noqa: F401
     import evals.judge.summary  # noqa: F401
     import train  # noqa: F401
+    import unlearn.assemble  # noqa: F401
     import unlearn.run.run  # noqa: F401
-    import unlearn.unlearning  # noqa: F401
 
     if not (place / "model").is_dir():
         place.mkdir(parents=True, exist_ok=True)

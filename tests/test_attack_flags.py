@@ -9,11 +9,11 @@ from conftest import tiny_tokenizer, write_corpus
 
 from evals.attack.config import METHOD, TamperConfig, read_attacks
 from evals.fetch_config import FetchConfig
+from unlearn.assemble import Corpora, mixed
 from unlearn.batches import Batches
 from unlearn.config import TrainConfig, config_of, configure
 from unlearn.corpus import Corpus
 from unlearn.errors import UserError
-from unlearn.unlearning import Corpora, mixed
 
 BASE = {"model": "m", "output": "o", "forget": "c"}
 GRID = {"grid": ("data=forget,mix",), "retain": "b"}

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from unlearn.assemble import build
 from unlearn.config import configure
 from unlearn.optim.build import make_schedule
 from unlearn.run.log import MetricsLog
 from unlearn.trainer import train
-from unlearn.unlearning import build
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,9 +9,9 @@ from conftest import hide_gpus
 from test_losses import language_model
 from test_methods import config, gradients_of
 
+from unlearn.assemble import build
 from unlearn.losses import logits_of
 from unlearn.seeding import dropped, keep_mask
-from unlearn.unlearning import build
 from unlearn.weights import local_rows
 
 pytestmark = [

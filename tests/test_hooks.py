@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import train
+from unlearn.assemble import build
 from unlearn.config import TrainConfig, configure
 from unlearn.errors import NotFinite
 from unlearn.methods.retain import prediction
 from unlearn.methods.terms import Hooks, Loss, Parts, Phase, Term
 from unlearn.run.checkpoint import Checkpoints
 from unlearn.trainer import check_gradients, gradients
-from unlearn.unlearning import build
 
 __all__ = ["method"]  # a fixture
 pytestmark = pytest.mark.usefixtures("token_cache")

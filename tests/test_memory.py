@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.measure import peak_bytes
+from unlearn.assemble import build
 from unlearn.blank import blank_lens, full_windows, needs_of
 from unlearn.building import method_parts, method_terms, original_model, trained_model
 from unlearn.config import TrainConfig, config_of, configure
@@ -21,7 +22,6 @@ from unlearn.plan import plan
 from unlearn.plan_config import PlanConfig
 from unlearn.simulate import simulated_peak
 from unlearn.trainer import gradients
-from unlearn.unlearning import build
 from unlearn.weights import materialise
 
 NEOX = {
@@ -161,7 +161,7 @@ def test_a_run_that_cannot_fit_is_refused_by_term_and_remedy(folder: str) -> Non
 
 
 def test_train_refuses_before_it_reads(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unlearn.unlearning.available_gib", lambda device: 1e-6)
+    monkeypatch.setattr("unlearn.assemble.available_gib", lambda device: 1e-6)
     with pytest.raises(UserError, match="expected a run that fits"):
         build(configure(model=str(home / "model"), layers=(1,), forget="/nowhere.jsonl"), torch.device("cpu"))
 

@@ -10,6 +10,7 @@ import torch
 from conftest import DEPTH
 from torch import Tensor
 
+from unlearn.assemble import Unlearning, build
 from unlearn.config import TrainConfig, configure, parse_method_flags
 from unlearn.distributed import process_group
 from unlearn.errors import UserError
@@ -21,7 +22,6 @@ from unlearn.methods.terms import Loss, Parts, Term
 from unlearn.model import load_model
 from unlearn.seeding import generator
 from unlearn.trainer import gradients
-from unlearn.unlearning import Unlearning, build
 
 pytestmark = pytest.mark.usefixtures("token_cache")
 CPU = torch.device("cpu")

@@ -10,6 +10,7 @@ import torch
 from conftest import tiny_model
 from test_phases import settings, words
 
+from unlearn.assemble import build
 from unlearn.config import configure
 from unlearn.errors import UserError
 from unlearn.lora import adapters, add_lora, load_adapter, save_adapter
@@ -19,7 +20,6 @@ from unlearn.model import load_model
 from unlearn.optim.build import build_optimizers
 from unlearn.parameters import lowest_block, matching
 from unlearn.trainer import gradients
-from unlearn.unlearning import build
 
 pytestmark = pytest.mark.usefixtures("token_cache")
 CPU = torch.device("cpu")
@@ -145,6 +145,8 @@ def test_mistakes(home: Path, name: str) -> None:
 def test_nothing_that_the_loss_reads(home: Path, flags: dict[str, Any]) -> None:
     """RMU at layer 2 reads what blocks 0 and 1 wrote: it would train nothing, for hours."""
     named = settings(home, retain=str(home / "retain.jsonl"), layers=(1, 2), **flags)
-    with pytest.raises(UserError, match="expected to train something below layer 2, .* the lowest is (in block 2|above all blocks)"):
+    with pytest.raises(
+        UserError, match="expected to train something below layer 2, .* the lowest is (in block 2|above all blocks)"
+    ):
         build(configure("rmu", **named), CPU)
     build(configure("rmu", **(named | {"layers": (2, 4)} | ({"train": r"layers\.3"} if "train" in flags else {}))), CPU)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 import train
+from unlearn.assemble import build
 from unlearn.blank import needs_of
 from unlearn.config import TrainConfig, configure
 from unlearn.errors import UserError
@@ -28,7 +29,6 @@ from unlearn.run.log import MetricsLog
 from unlearn.seeding import generator
 from unlearn.trainer import gradients
 from unlearn.trainer import train as train_steps
-from unlearn.unlearning import build
 from unlearn.weights import local_rows
 
 pytestmark = pytest.mark.usefixtures("token_cache")

@@ -15,6 +15,7 @@ from test_checkpoint import half_done  # noqa: F401
 from test_commands import flags
 
 from evals.attack.config import TamperConfig
+from unlearn.assemble import assemble
 from unlearn.batches import Batches
 from unlearn.config import config_of, configure
 from unlearn.corpus import Corpus
@@ -23,7 +24,6 @@ from unlearn.files import size
 from unlearn.model import load_config
 from unlearn.plan_config import PlanConfig
 from unlearn.run.preflight import check_apart, check_disk
-from unlearn.unlearning import assemble
 
 pytestmark = pytest.mark.usefixtures("token_cache")
 

@@ -1,6 +1,6 @@
 """The parts of an unlearning run, from its flags: models without memory yet, adapted and sharded."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Protocol
@@ -11,14 +11,16 @@ from transformers import PreTrainedModel
 
 from unlearn.batches import Batches
 from unlearn.config import TrainConfig
+from unlearn.distributed import fail_together
 from unlearn.lens import TunedLens
 from unlearn.lora import add_lora, lora_disabled
 from unlearn.methods import method_module
 from unlearn.methods.terms import Needs, Original, Parts, Phase, Term
-from unlearn.model import disable_dropout, empty_model
+from unlearn.model import disable_dropout, empty_model, final_norm
 from unlearn.parameters import train_only
 from unlearn.precision import DTYPES, Precision, autocast
 from unlearn.sharding import checkpoint_blocks, compile_blocks, shard
+from unlearn.weights import Checkpoint, fill
 
 
 class ModelFlags(Protocol):
@@ -143,3 +145,16 @@ def precision(config: ModelFlags, mesh: DeviceMesh | None, device: torch.device)
     """The precision of forward passes: autocast, unless sharding casts the weights."""
     compute = DTYPES[config.dtype]
     return autocast(master_dtype(config) if mesh is None else compute, compute, device)
+
+
+def run_lens(config: TrainConfig, device: torch.device, layers: Iterable[int] | None) -> TunedLens:
+    """The lens at `layers` (None: all) on every rank, with copies of the original's final norm and unembedding.
+
+    Only these two parts of the model are read, in the dtype in which the lens is checked against them.
+    """
+    with fail_together():
+        checkpoint = Checkpoint.open(config.model, revision=config.revision)
+        readout = empty_model(config.model, revision=config.revision, dtype=master_dtype(config))
+        for part in (final_norm(readout), readout.get_output_embeddings()):
+            fill(readout, checkpoint, device, part=part)
+    return TunedLens.load(getattr(config, "lens", None) or "", readout, layers).to(DTYPES[config.dtype])

@@ -170,18 +170,18 @@ def _states(config: TrainConfig, shape: Shape, layout: Layout, needs: Sequence[N
 def _activations(config: TrainConfig, shape: Shape, needs: Sequence[Needs]) -> float:
     """Numbers that one micro-batch keeps for its backward pass: what blocks keep, and the original's streams."""
     kept = 1 if config.checkpoint_activations else KEPT[config.lora_rank > 0]
-    most = max(kept * _differentiated(term, shape) + term.kept for term in needs)
+    most = max(kept * differentiated(term, shape) + term.kept for term in needs)
     return float(micro_tokens(config) * shape.hidden * (most + 3))
 
 
-def _reach(term: Needs, shape: Shape) -> int:
+def reach(term: Needs, shape: Shape) -> int:
     """How many blocks a term runs."""
     return shape.depth if term.deepest is None else term.deepest
 
 
-def _differentiated(term: Needs, shape: Shape) -> int:
+def differentiated(term: Needs, shape: Shape) -> int:
     """How many blocks the backward pass of a term goes through."""
-    return max(0, _reach(term, shape) - max(0, shape.lowest))
+    return max(0, reach(term, shape) - max(0, shape.lowest))
 
 
 def one_block(config: TrainConfig, shape: Shape, layout: Layout) -> dict[str, float]:
@@ -227,20 +227,24 @@ def flops_per_step(config: TrainConfig, shape: Shape, needs: Sequence[Needs]) ->
     cent).
     """
     tokens = config.batch * config.seq_len
-    return sum(tokens * flops_per_token(config, shape, term) for term in needs) + _orthogonalisation(config, shape)
+    return sum(tokens * flops_per_token(config, shape, term) for term in needs) + orthogonalisation(config, shape)
 
 
-def flops_per_token(config: TrainConfig, shape: Shape, term: Needs) -> float:
-    """Of one term of the loss; see `flops_per_step`."""
-    forward, block = 4 if term.original else 2, shape.matrices / shape.depth
-    back = 2 + (2 if config.checkpoint_activations else 0)
-    through = forward * _reach(term, shape) + back * _differentiated(term, shape)
-    weights = 0.0 if config.lora_rank else 2 * shape.trained_matrices * _reach(term, shape) / shape.depth
-    head = (forward + 2) * shape.head + (0 if config.lora_rank else 2 * shape.trained_head)
-    return block * through + weights + (head if term.deepest is None else 0) + term.flops
+def flops_per_token(config: TrainConfig, shape: Shape, term: Needs, *, backward: bool = True) -> float:
+    """Of one term of the loss, differentiated or only measured; see `flops_per_step`."""
+    run, through = reach(term, shape), differentiated(term, shape)
+    block, head = shape.matrices / shape.depth, shape.head if term.deepest is None else 0
+    forward = 2 * term.forward * (block * run + head) + term.flops
+    if not backward:
+        return forward
+    passes = 2 + (2 if config.checkpoint_activations else 0)
+    back = passes * block * through + 2 * head
+    if config.lora_rank == 0:
+        back += 2 * shape.trained_matrices * run / shape.depth + (2 * shape.trained_head if head else 0)
+    return forward + term.backward * back
 
 
-def _orthogonalisation(config: TrainConfig, shape: Shape) -> float:
+def orthogonalisation(config: TrainConfig, shape: Shape) -> float:
     """Floating-point operations of Muon on every matrix that it gets, once."""
     if config.optimizer != "muon":
         return 0.0
@@ -321,7 +325,7 @@ def check_rank(lora_rank: int, shape: Shape) -> None:
 def check_reach(shape: Shape, needs: Sequence[Needs]) -> None:
     """Raise if a term of the loss reads nothing that depends on a trained parameter."""
     for term in needs:
-        if term.deepest is not None and not _differentiated(term, shape) and shape.lowest >= 0:
+        if term.deepest is not None and not differentiated(term, shape) and shape.lowest >= 0:
             where = f"in block {shape.lowest}" if shape.lowest < shape.depth else "above all blocks"
             raise UserError(
                 f"expected to train something below layer {term.deepest}, the deepest that one of the losses reads; "

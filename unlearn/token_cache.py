@@ -14,11 +14,11 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow as pa
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from unlearn.distributed import is_main
 from unlearn.errors import UserError
+from unlearn.progress import progress
 
 SCHEMA = pa.schema({"tokens": pa.list_(pa.int32()), "crc32": pa.uint32()})
 BATCH = 1000  # documents that are written at once
@@ -55,8 +55,7 @@ def _write(file: Path, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase,
     os.close(descriptor)
     try:
         with pa.OSFile(name, "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-            bar = tqdm(total=len(texts), desc=f"tokenising {source}", unit="text", leave=False, disable=not is_main())
-            with bar:
+            with progress(len(texts), f"tokenising {source}", "text") as bar:
                 for start in range(0, len(texts), BATCH):
                     batch = texts[start : start + BATCH]
                     writer.write_batch(_encoded(batch, tokenizer))

@@ -85,7 +85,12 @@ def train(
             why = _after_step(hooks, step + 1, numbers)
             if logged or why:
                 line: dict[str, float | str] = {"step": offset + step, **({"phase": phase} if phase else {})}
-                line |= numbers | _settings(loss, optimizers, step, steps) | {"gradient_norm": norm.item()}
+                line |= (
+                    numbers
+                    | dict(loss.cost(step))
+                    | _settings(loss, optimizers, step, steps)
+                    | {"gradient_norm": norm.item()}
+                )
                 line["tokens_per_second"] = float(line.pop("tokens", 0.0)) / (time.monotonic() - started)
                 log.write(line | ({"stopped": why} if why else {}), shown=("forget_loss", "retain_loss", "loss"))
             done = steps if why else step + 1

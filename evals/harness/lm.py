@@ -22,15 +22,15 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import resolve_max_length
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evals.harness.encode import encode_strings, prefix_token
 from evals.harness.generate import Writing, batch_writings, make_writings, write_greedily
 from evals.harness.requests import Plan, Planner, Row
-from unlearn.distributed import all_sum, all_true, is_main, rank, world_size
+from unlearn.distributed import all_sum, all_true, rank, world_size
 from unlearn.errors import NotFinite, UserError
 from unlearn.model_config import check_rows
+from unlearn.progress import progress
 
 DEFAULT_MAX_LENGTH = 2048  # where neither config nor tokenizer says, as in lm-eval
 DEFAULT_LONGEST = 256  # tokens to generate where a task does not say, as in lm-eval
@@ -100,7 +100,7 @@ class LiveModel(TemplateLM):
         pairs = [request.args for request in requests]
         plan = self.planner.plan(pairs, self.max_length)
         self.tokens.update(zip(pairs, map(len, plan.continuations), strict=True))
-        scores = self._run(plan, progress=not disable_tqdm)
+        scores = self._run(plan, shown=not disable_tqdm)
         _check_finite(scores[:, 0], [request.task_name for request in requests])
         return [(score, wrong == 0.0) for score, wrong in scores.tolist()]
 
@@ -121,7 +121,7 @@ class LiveModel(TemplateLM):
         """
         texts = [request.args[0] for request in requests]
         plan, owners = self.planner.plan_rolling(texts, self.max_length)
-        scores = self._run(plan, progress=not disable_tqdm)[:, 0]
+        scores = self._run(plan, shown=not disable_tqdm)[:, 0]
         sums = torch.zeros(len(texts), dtype=torch.float64).index_add_(0, torch.tensor(owners), scores)
         _check_finite(sums, [request.task_name for request in requests])
         return sums.tolist()
@@ -153,7 +153,7 @@ class LiveModel(TemplateLM):
         batches = batch_writings(writings, self.planner.batch_tokens)
         self._check_agreement(zlib.crc32(repr(batches).encode()))
         with evaluating(self.model):
-            found = self._write(batches, progress=not disable_tqdm)
+            found = self._write(batches, shown=not disable_tqdm)
         return [text for _, text in sorted(_gathered(found))]
 
     def dtypes(self) -> dict[str, list[str]]:
@@ -182,14 +182,14 @@ class LiveModel(TemplateLM):
                 "give all nodes the same data, tokenizer and --batch-tokens"
             )
 
-    def _run(self, plan: Plan, progress: bool) -> Tensor:
+    def _run(self, plan: Plan, shown: bool) -> Tensor:
         """float64 [requests, 2] on the CPU: log-likelihood, and how many tokens greedy decoding writes otherwise."""
         self._check_agreement(plan.checksum)
         check_rows(self.model.config, {QUESTIONS: plan.largest})
         self.plans.append(plan)
         scores = torch.zeros(plan.requests, 2, dtype=torch.float64)
         total = sum(map(len, plan.batches))
-        bar = tqdm(total=total, unit="row", desc="Evaluating", leave=False, disable=not (progress and is_main()))
+        bar = progress(total, "Evaluating", "row", shown=shown)
         with evaluating(self.model), bar:
             for mine, group in _dealt(plan.batches):
                 if mine is not None:
@@ -199,11 +199,11 @@ class LiveModel(TemplateLM):
                 bar.update(sum(map(len, group)))
         return all_sum(scores.to(self._device)).cpu()
 
-    def _write(self, batches: list[list[Writing]], progress: bool) -> list[tuple[int, str]]:
+    def _write(self, batches: list[list[Writing]], shown: bool) -> list[tuple[int, str]]:
         """The texts of this rank's batches, with the index of their requests."""
         found: list[tuple[int, str]] = []
         total = sum(map(len, batches))
-        bar = tqdm(total=total, unit="text", desc="Generating", leave=False, disable=not (progress and is_main()))
+        bar = progress(total, "Generating", "text", shown=shown)
         with bar:
             for mine, group in _dealt(batches):
                 texts = write_greedily(

@@ -28,12 +28,18 @@ def trained(phases: str, home: Path, output: Path, *more: str) -> dict[str, torc
 
 
 @pytest.mark.parametrize(
-    ("phases", "lora"), [("two", ()), ("two", ("--lora-rank", "2")), ("masked", ()), ("stopped", ("--lora-rank", "2"))]
+    ("phases", "flags"),
+    [
+        ("two", ()),
+        ("two", ("--lora-rank", "2")),
+        ("masked", ("--train", "mlp|embed")),
+        ("stopped", ("--lora-rank", "2")),
+    ],
 )
 def test_phases_are_the_same_at_one_and_two_ranks(
-    home: Path, tmp_path: Path, phases: str, lora: tuple[str, ...]
+    home: Path, tmp_path: Path, phases: str, flags: tuple[str, ...]
 ) -> None:
-    more = ("--data", "mix", "--retain", str(home / "retain.jsonl"), *lora)
+    more = ("--data", "mix", "--retain", str(home / "retain.jsonl"), *flags)
     (one,) = run_ranks(1, trained, phases, home, tmp_path / "one", *more)
     for shard in ("replicate", "full"):
         for two in run_ranks(2, trained, phases, home, tmp_path / shard, *more, "--shard", shard):

@@ -11,11 +11,11 @@ from evals_support import question, write_questions, write_wmdp
 from harness import run_ranks
 
 from evals import tamper
+from unlearn.assemble import build
 from unlearn.config import configure
 from unlearn.distributed import rank
 from unlearn.errors import UserError
 from unlearn.model import fresh_weights, load_model
-from unlearn.unlearning import build
 from unlearn.weights import full
 
 pytestmark = pytest.mark.usefixtures("token_cache")

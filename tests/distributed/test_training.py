@@ -15,15 +15,16 @@ from harness import run_ranks
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from unlearn.assemble import Unlearning, build
 from unlearn.config import configure
 from unlearn.distributed import fail_together, rank, sum_gradients
 from unlearn.errors import UserError
+from unlearn.export import read_lens
 from unlearn.methods.terms import Cost, Loss
 from unlearn.optim.build import linear_schedule
 from unlearn.run.log import MetricsLog
 from unlearn.seeding import generator
 from unlearn.trainer import gradients, train
-from unlearn.unlearning import Unlearning, build, read_lens
 from unlearn.weights import full, local_rows
 
 pytestmark = pytest.mark.usefixtures("token_cache")

@@ -70,6 +70,10 @@ class Source(Protocol):
         """This rank's micro-batches of one optimizer step, equally many on every rank."""
         ...
 
+    def tokens(self, step: int) -> int:
+        """Real tokens of one optimizer step, over all ranks."""
+        ...
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -81,6 +85,8 @@ class Needs:
         bytes: of what it holds over the whole run beside the models, computed in the run's dtype.
         teacher: parameters of a teacher, if it asks for one.
         flops: floating-point operations a token beside the models'.
+        more_forward, more_backward: passes over its tokens beyond one through the model, and one through the original
+            and a teacher each.
     """
 
     deepest: int | None = None
@@ -89,6 +95,18 @@ class Needs:
     bytes: float = 0.0
     flops: float = 0.0
     teacher: int = 0
+    more_forward: float = 0.0
+    more_backward: float = 0.0
+
+    @property
+    def forward(self) -> float:
+        """Forward passes over each of its tokens."""
+        return 1.0 + self.original + (self.teacher > 0) + self.more_forward
+
+    @property
+    def backward(self) -> float:
+        """Backward passes over each of its tokens."""
+        return 1.0 + self.more_backward
 
 
 @dataclass(frozen=True)
@@ -160,11 +178,13 @@ class Loss:
     Attributes:
         precision: of forward passes; what a cost computes in its backward pass is outside.
         frozen: models beside the one in training; the trainer frees what a forward pass left gathered of them.
+        cost: what to log of the cost of a step, which is given, by name.
     """
 
     terms: Sequence[Term]
     precision: Precision = nullcontext
     frozen: Sequence[nn.Module] = ()
+    cost: Callable[[int], Mapping[str, float]] = lambda step: {}
 
     def weights(self, step: int, steps: int) -> list[float]:
         """Of the terms at an optimizer step."""

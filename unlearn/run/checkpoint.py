@@ -64,7 +64,7 @@ class Checkpoints:
         every: steps between checkpoints; 0: only when told to stop.
         keep: how many stay.
         stop: who is told.
-        extra: called at each save, see `Progress`; its result must be JSON. Rank 0's counts.
+        extra: called by every rank at each save, see `Progress`; its result must be JSON. Rank 0's counts.
         state: tensors that are written too, by name, and read back in place.
     """
 
@@ -127,11 +127,12 @@ class Checkpoints:
     def _writing(self, step: int) -> Iterator[Written]:
         """Write a checkpoint of this moment during the block, then remove those beyond `keep`."""
         with shared_folder(self._folder / f"step-{step:06d}") as temporary:
+            extra = self._extra()
             with saving(temporary, dict(tensors(self._model, self._optimizers, self._state))) as written:
                 with fail_together():
                     if is_main():
                         length, seconds = self._log.position()
-                        progress = {"step": step, "log_bytes": length, "seconds": seconds, "extra": self._extra()}
+                        progress = {"step": step, "log_bytes": length, "seconds": seconds, "extra": extra}
                         write_json(temporary / PROGRESS, progress | {"world_size": world_size()})
                 yield written
         if is_main():

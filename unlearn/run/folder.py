@@ -305,11 +305,18 @@ def _remove_checkpoints(folder: Path) -> None:
         shutil.rmtree(temporary_name(place))
 
 
-def finish_run(folder: Path) -> None:
-    """Record that the run is finished, and remove its checkpoints."""
+def record(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write facts to the run's run.json. Every rank must call it."""
     with fail_together():
         if is_main():
             recorded = _read(folder / "run.json")
             assert recorded is not None, f"{folder} was claimed by `claim`"
-            write_json(folder / "run.json", recorded | {"finished": True})
+            write_json(folder / "run.json", recorded | dict(facts))
+
+
+def finish_run(folder: Path) -> None:
+    """Record that the run is finished, and remove its checkpoints."""
+    record(folder, {"finished": True})
+    with fail_together():
+        if is_main():
             _remove_checkpoints(folder)

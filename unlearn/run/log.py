@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
-from tqdm import tqdm
-
 from unlearn.distributed import fail_together, is_main
 from unlearn.errors import UserError
 from unlearn.files import sync, writing
+from unlearn.progress import progress
 
 
 class MetricsLog:
@@ -24,7 +23,7 @@ class MetricsLog:
 
     def __init__(self, path: Path | None, steps: int, title: str):
         self._path, self._start = path if is_main() else None, time.monotonic()
-        self._bar = tqdm(total=steps, desc=title, unit="step", disable=not is_main(), dynamic_ncols=True)
+        self._bar = progress(steps, title, "step", leave=True)
 
     def __enter__(self) -> "MetricsLog":
         return self

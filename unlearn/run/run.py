@@ -16,7 +16,16 @@ from unlearn.device import describe
 from unlearn.distributed import fail_together, is_main
 from unlearn.run.checkpoint import Checkpoints
 from unlearn.run.command_line import typed_command
-from unlearn.run.folder import MARKER, Earlier, check_output, claim, earlier_run, finish_run, still_stands
+from unlearn.run.folder import (
+    MARKER,
+    Earlier,
+    check_output,
+    claim,
+    earlier_run,
+    finish_run,
+    record,
+    still_stands,
+)
 from unlearn.run.lock import LOCK, locked
 from unlearn.run.log import MetricsLog
 from unlearn.run.preflight import check_disk, check_ranks, checkpoint_bytes, code_hash, versions
@@ -87,6 +96,10 @@ class Run:
         return Checkpoints(
             self.folder, model, optimizers, log, steps=steps, every=every, keep=keep, stop=self.stop, **more
         )
+
+    def record(self, facts: Mapping[str, Any]) -> None:
+        """Write facts to run.json. Every rank must call it."""
+        record(self.folder, facts)
 
     def finish(self) -> None:
         """Everything is written."""

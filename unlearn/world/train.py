@@ -160,6 +160,10 @@ class Drawn:
         """See `unlearn.methods.terms.Source`."""
         return iter(self.draw(step))
 
+    def tokens(self, step: int) -> int:
+        """See `unlearn.methods.terms.Source`."""
+        return sum(batch.input_ids.numel() for batch in self.draw(step))
+
 
 @dataclass(frozen=True)
 class Batch:

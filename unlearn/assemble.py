@@ -1,9 +1,8 @@
-"""Assemble an unlearning run from its flags, say what it will do, and export what it made."""
+"""Assemble a run of train.py from its flags, and say what it will do."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,39 +14,37 @@ from unlearn.batches import Batches, check_examples
 from unlearn.blank import needs_of
 from unlearn.building import (
     frozen_model,
-    master_dtype,
     method_parts,
     method_phases,
     original_model,
     precision,
+    run_lens,
     trained_model,
 )
 from unlearn.config import TrainConfig
 from unlearn.corpus import Corpus, read_corpus
+from unlearn.cost import Passes, passes_of_step
 from unlearn.distributed import fail_together, is_main, world_size
 from unlearn.errors import UserError
-from unlearn.files import absolute_model, files_hash
+from unlearn.files import files_hash
 from unlearn.lens import TunedLens
-from unlearn.lens_readings import Stage, encode_prompts, read_prompts, write_stage
-from unlearn.lora import adapters, initial_adapters, merge_lora, save_adapter
+from unlearn.lens_readings import encode_prompts
+from unlearn.lora import adapters, initial_adapters
 from unlearn.memory import Layout, Shape, available_gib, check_fits, check_rank, check_reach
 from unlearn.methods.terms import Loss, Needs, Parts, Phase
 from unlearn.model import (
-    cast_parameters,
     empty_model,
-    final_norm,
     fresh_weights,
     load_config,
     load_tokenizer,
-    save_model,
 )
 from unlearn.model_config import check_windows
 from unlearn.optim.build import assignment, build_optimizers
-from unlearn.precision import DTYPES, Precision
+from unlearn.precision import Precision
 from unlearn.run.preflight import check_apart, settings_hashes, tensors_hash
 from unlearn.seeding import generator
-from unlearn.sharding import is_sharded, reshard, shard_mesh
-from unlearn.weights import Checkpoint, Initial, fill, shared_folder
+from unlearn.sharding import shard_mesh
+from unlearn.weights import Checkpoint, Initial, fill
 
 
 @dataclass(frozen=True)
@@ -56,10 +53,11 @@ class Unlearning:
 
     Attributes:
         teachers: other frozen models that the method asked for. identity: digests of all that is read.
-        precision: of forward passes.
+        precision: of forward passes. shape: the model's sizes.
     """
 
     config: TrainConfig
+    shape: Shape
     model: PreTrainedModel
     original: PreTrainedModel | None
     checkpoint: Checkpoint
@@ -79,7 +77,12 @@ class Unlearning:
     def loss_of(self, phase: Phase) -> Loss:
         """Of a phase."""
         frozen = [model for model in (self.original, *(teacher for teacher, _ in self.teachers)) if model is not None]
-        return Loss(phase.terms, self.precision, frozen)
+        return Loss(phase.terms, self.precision, frozen, lambda step: self.passes(phase, step).as_numbers())
+
+    def passes(self, phase: Phase, step: int) -> Passes:
+        """What a step of a phase costs."""
+        weights = Loss(phase.terms).weights(step, self.steps_of(phase))
+        return passes_of_step(self.config, self.shape, phase.terms, step, weights)
 
     def steps_of(self, phase: Phase) -> int:
         """Optimizer steps of a phase."""
@@ -112,7 +115,7 @@ def assemble(config: TrainConfig, device: torch.device, mesh: DeviceMesh | None 
     config.check_depth(int(model_config.num_hidden_layers))
     config.check_lora_layers(int(model_config.num_hidden_layers))
     needs = needs_of(config)
-    _check_memory(config, needs, device)
+    shape = _check_memory(config, needs, device)
     tokenizer = load_tokenizer(config.model, revision=config.revision)
     with fail_together():
         checkpoint = Checkpoint.open(config.model, revision=config.revision)
@@ -122,7 +125,7 @@ def assemble(config: TrainConfig, device: torch.device, mesh: DeviceMesh | None 
     batches = Corpora(config, tokenizer)
 
     def lens(layers: tuple[int, ...]) -> TunedLens:
-        found = _lens(config, device, layers)
+        found = run_lens(config, device, layers)
         identity["lens"] = tensors_hash(dict(found.translators.named_parameters()))
         return found
 
@@ -141,7 +144,9 @@ def assemble(config: TrainConfig, device: torch.device, mesh: DeviceMesh | None 
     check_apart(batches.read)
     identity |= {f"{name} corpus": corpus.sha256() for name, corpus in batches.read.items()}
     computing = precision(config, mesh, device)
-    found = Unlearning(config, model, original, checkpoint, tokenizer, teachers, parts, phases, computing, identity, {})
+    found = Unlearning(
+        config, shape, model, original, checkpoint, tokenizer, teachers, parts, phases, computing, identity, {}
+    )
     _check_phases(found)
     return found
 
@@ -273,14 +278,15 @@ def mixed(corpora: Mapping[str, Corpus], examples: int, seed: int) -> Corpus:
     return Corpus(name, documents=sum(part.documents for part in corpora.values()), windows=windows)
 
 
-def _check_memory(config: TrainConfig, needs: Sequence[Needs], device: torch.device) -> None:
-    """Refuse a run that cannot fit, before anything is read but the model's configuration."""
+def _check_memory(config: TrainConfig, needs: Sequence[Needs], device: torch.device) -> Shape:
+    """Refuse a run that cannot fit, before anything is read but the model's configuration; gives the model's sizes."""
     model = empty_model(config.model, revision=config.revision)
     layout = Layout.of(config, world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", world_size())))
     shape = Shape.of(model, config)
     check_rank(config.lora_rank, shape)
     check_reach(shape, needs)
     check_fits(config, shape, layout, needs, available_gib(device))
+    return shape
 
 
 def _read(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, which: str) -> Corpus:
@@ -292,19 +298,6 @@ def _read(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, which: str) -
         column_flag=f"--{which}-column",
         template=getattr(config, f"{which}_template"),
     )
-
-
-def _lens(config: TrainConfig, device: torch.device, layers: Iterable[int] | None) -> TunedLens:
-    """The lens at `layers` (None: all) on every rank, with copies of the original's final norm and unembedding.
-
-    Only these two parts of the model are read, in the dtype in which the lens is checked against them.
-    """
-    with fail_together():
-        checkpoint = Checkpoint.open(config.model, revision=config.revision)
-        readout = empty_model(config.model, revision=config.revision, dtype=master_dtype(config))
-        for part in (final_norm(readout), readout.get_output_embeddings()):
-            fill(readout, checkpoint, device, part=part)
-    return TunedLens.load(getattr(config, "lens", None) or "", readout, layers).to(DTYPES[config.dtype])
 
 
 def announce(run: Unlearning) -> None:
@@ -341,47 +334,3 @@ def _micro(config: TrainConfig) -> str:
 def _lora_line(run: Unlearning) -> str:
     count = len(adapters(run.model))
     return f" (LoRA rank {run.config.lora_rank} on {count} layers)" if count else " (full training)"
-
-
-def export_bytes(run: Unlearning) -> int:
-    """Size of what `finish` writes, but for the adapter."""
-    if not run.config.export:
-        return 0
-    return sum(parameter.numel() for parameter in run.model.parameters()) * DTYPES[run.config.dtype].itemsize
-
-
-def read_lens(run: Unlearning, folder: Path, stage: Stage) -> None:
-    """Read --prompts at every layer of the live model, for `folder`/lens.json. Every rank must call it.
-
-    The lens is in memory at all layers for no longer than this takes, and nothing random is drawn.
-    """
-    config, training = run.config, run.model.training
-    prompts = getattr(config, "prompts", ())
-    if not prompts:
-        return
-    lens = _lens(config, next(run.model.parameters()).device, None)
-    run.model.eval()
-    readings = read_prompts(run.model, lens, run.tokenizer, prompts, stage, run.precision)
-    reshard(run.model)  # the passes ended early: the root's tied embedding would stay gathered, and no longer sharded
-    run.model.train(training)
-    with fail_together():
-        if is_main():
-            write_stage(folder, lens, str(config.lens), readings, stage)  # type: ignore[attr-defined]
-
-
-def finish(run: Unlearning, folder: Path) -> None:
-    """Write `adapter/`, then turn the live model into what is exported (adapters merged, weights in --dtype) and write
-    `model/`, in place of what an earlier attempt left. After this, the live model and the exported one are the same,
-    and --prompts are read in it. With --no-export nothing is written, and the model stays as it is."""
-    if not run.config.export:
-        return
-    if run.config.lora_rank > 0:
-        with shared_folder(folder / "adapter", replace=True) as temporary:
-            save_adapter(run.model, temporary, absolute_model(run.config.model))
-        merge_lora(run.model)
-    dtype = DTYPES[run.config.dtype]
-    if not is_sharded(run.model):  # a sharded model computes with its weights rounded as they are exported
-        cast_parameters(run.model, dtype)
-    with shared_folder(folder / "model", replace=True) as temporary:
-        save_model(run.model, run.tokenizer, temporary, dtype)
-    read_lens(run, folder, "after")
