@@ -84,7 +84,7 @@ class Training:
             offset = 0
             for phase in found.phases:
                 steps = found.steps_of(phase)
-                if done < offset + steps:
+                if done < offset + steps or done == offset:
                     self._train_phase(phase, max(0, done - offset), offset, log, checkpoints)
                 offset += steps
             finish(found, folder)
@@ -111,6 +111,8 @@ class Training:
             phase.begin(found.model)
             for optimizer in found.optimizers.values():
                 restart(optimizer)
+        if found.steps_of(phase) == 0:
+            return
         train(
             found.model,
             found.loss_of(phase),

@@ -27,8 +27,8 @@ def tokens(run: Unlearning, corpus: str, step: int) -> int:
 
 
 def test_one_pass_over_a_text(home: Path) -> None:
-    """6 operations a token and parameter of the matrices, 2 of them forward; recomputation beside it."""
-    run = assembled(home, "next-token", checkpoint_activations=False)
+    """6 operations a token and parameter of the matrices; what checkpointing computes again is not counted."""
+    run = assembled(home, "next-token")
     passes, count = run.passes(run.phases[0], 1), tokens(run, "forget", 1)
     assert passes.forward == passes.backward == count
     assert passes.flops == count * 6 * (run.shape.matrices + run.shape.head)

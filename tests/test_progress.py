@@ -12,4 +12,4 @@ def test_bars_can_be_switched_off(
     monkeypatch.setenv("TQDM_DISABLE", value)
     with progress(3, "reading", "text") as bar:
         bar.update(3)
-    assert ("reading: 100%" in capsys.readouterr().err) == seen
+    assert ("reading:" in capsys.readouterr().err) == seen

@@ -86,7 +86,7 @@ class Unlearning:
 
     def steps_of(self, phase: Phase) -> int:
         """Optimizer steps of a phase."""
-        return phase.steps or self._batches.steps
+        return self._batches.steps if phase.steps is None else phase.steps
 
     def state(self) -> dict[str, Tensor]:
         """What the phases' hooks keep from step to step, by name; the models must have their weights."""

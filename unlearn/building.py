@@ -16,7 +16,7 @@ from unlearn.lens import TunedLens
 from unlearn.lora import add_lora, lora_disabled
 from unlearn.methods import method_module
 from unlearn.methods.terms import Needs, Original, Parts, Phase, Term
-from unlearn.model import disable_dropout, empty_model, final_norm
+from unlearn.model import disable_dropout, empty_model, final_norm, fresh_weights
 from unlearn.parameters import train_only
 from unlearn.precision import DTYPES, Precision, autocast
 from unlearn.sharding import checkpoint_blocks, compile_blocks, shard
@@ -119,6 +119,7 @@ def method_parts(
         batches=batches,
         lens=lens,
         seed=config.seed,
+        fresh=lambda name: fresh_weights(config.model, config.seed, revision=config.revision)(name),
         teacher=teacher,
     )
 

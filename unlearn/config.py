@@ -35,7 +35,10 @@ EVALUATES = Only(lambda config: bool(config.eval_tasks), "without --eval-tasks")
 FORGETS = Only(lambda config: getattr(config, "remove_coef", 1.0) != 0.0, "with --remove-coef 0")
 HAS_RETAIN = Only(lambda config: hasattr(config, "retain_coef"), "with a method that has no retain loss")
 RETAINS = Only(lambda config: getattr(config, "retain_coef", 1.0) != 0.0, "with --retain-coef 0")
-MAY_RETAIN = Only(lambda config: hasattr(config, "retain_coef") or hasattr(config, "data"), HAS_RETAIN.otherwise)
+MAY_RETAIN = Only(
+    lambda config: any(hasattr(config, name) for name in ("retain_coef", "data", "reads_retain")), HAS_RETAIN.otherwise
+)
+ON_FORGET = Only(lambda config: getattr(config, "on_forget", True), "with --no-on-forget")
 TAKES_FORGET = Only(lambda config: getattr(config, "data", "forget") != "retain", "with --data retain")
 TAKES_RETAIN = Only(lambda config: getattr(config, "data", "retain") != "forget", "with --data forget")
 COUNTS_EPOCHS = Only(lambda config: config.steps is None, "beside --steps")
@@ -49,13 +52,13 @@ SHARDED = Only(lambda config: config.shard != "replicate", "with --shard replica
 class CorpusFlags:
     """Where forget and retain text come from."""
 
-    forget: str = flag(FORGET, only=(FORGETS, TAKES_FORGET))
+    forget: str = flag(FORGET, only=(FORGETS, TAKES_FORGET, ON_FORGET))
     """Forget corpus: a .jsonl, .json, .csv, .parquet or .txt file (a document a line; text also .gz or .zst), a folder
     of .jsonl or .parquet files, a saved `datasets` folder, or a hub name, NAME[:CONFIG]."""
-    forget_column: str | None = flag(only=(FORGETS, TAKES_FORGET))
+    forget_column: str | None = flag(only=(FORGETS, TAKES_FORGET, ON_FORGET))
     """Text column of the forget corpus. Default: title, abstract and text joined by blank lines, else `page`. Only
     strings are text."""
-    forget_template: str | None = flag(only=(FORGETS, TAKES_FORGET))
+    forget_template: str | None = flag(only=(FORGETS, TAKES_FORGET, ON_FORGET))
     """Text of a forget document built from its columns, e.g. '{title}\\n\\n{abstract}\\n\\n{text}'; it names columns
     and nothing else."""
     retain: str = flag(RETAIN, only=(MAY_RETAIN, RETAINS, TAKES_RETAIN))

@@ -22,7 +22,7 @@ class Passes:
     """Of one optimizer step, or the sum of several, over all ranks.
 
     Attributes:
-        forward, backward: tokens. flops: multiply-adds times two, see `memory.flops_per_step`.
+        forward, backward: tokens. flops: multiply-adds times two, see `memory.flops_per_token`.
     """
 
     forward: float = 0.0

@@ -158,7 +158,7 @@ def _states(config: TrainConfig, shape: Shape, layout: Layout, needs: Sequence[N
     result["gradients"] = 4 * trained * terms / ranks
     if config.optimizer != "sgd":
         result["optimizer"] = (4 * in_muon + 8 * (trained - in_muon)) / ranks
-    teacher = max(term.teacher for term in needs)
+    teacher = max((term.teacher for term in needs), default=0)
     if teacher:
         wide = not _is_sharded(config, layout) and config.lora_rank == 0
         result["teacher"] = (4 if wide else compute) * teacher / ranks
@@ -170,7 +170,7 @@ def _states(config: TrainConfig, shape: Shape, layout: Layout, needs: Sequence[N
 def _activations(config: TrainConfig, shape: Shape, needs: Sequence[Needs]) -> float:
     """Numbers that one micro-batch keeps for its backward pass: what blocks keep, and the original's streams."""
     kept = 1 if config.checkpoint_activations else KEPT[config.lora_rank > 0]
-    most = max(kept * differentiated(term, shape) + term.kept for term in needs)
+    most = max((kept * differentiated(term, shape) + term.kept for term in needs), default=0)
     return float(micro_tokens(config) * shape.hidden * (most + 3))
 
 
@@ -226,19 +226,22 @@ def flops_per_step(config: TrainConfig, shape: Shape, needs: Sequence[Needs]) ->
     likewise; what a method computes beside the models; and Muon's iterations. Attention itself is left out (a few per
     cent).
     """
-    tokens = config.batch * config.seq_len
-    return sum(tokens * flops_per_token(config, shape, term) for term in needs) + orthogonalisation(config, shape)
+    tokens, block = config.batch * config.seq_len, shape.matrices / shape.depth
+    total = orthogonalisation(config, shape)
+    for term in needs:
+        again = 2 * term.backward * block * differentiated(term, shape) if config.checkpoint_activations else 0.0
+        total += tokens * (flops_per_token(config, shape, term) + again)
+    return total
 
 
 def flops_per_token(config: TrainConfig, shape: Shape, term: Needs, *, backward: bool = True) -> float:
-    """Of one term of the loss, differentiated or only measured; see `flops_per_step`."""
+    """Of one term of the loss, differentiated or only measured, without recomputation; see `flops_per_step`."""
     run, through = reach(term, shape), differentiated(term, shape)
     block, head = shape.matrices / shape.depth, shape.head if term.deepest is None else 0
     forward = 2 * term.forward * (block * run + head) + term.flops
     if not backward:
         return forward
-    passes = 2 + (2 if config.checkpoint_activations else 0)
-    back = passes * block * through + 2 * head
+    back = 2 * block * through + 2 * head
     if config.lora_rank == 0:
         back += 2 * shape.trained_matrices * run / shape.depth + (2 * shape.trained_head if head else 0)
     return forward + term.backward * back

@@ -38,6 +38,8 @@ class Parts:
         batches: the global batches of each corpus, `forget` and `retain`.
         lens: gives the tuned lens at some layers.
         seed: of the run.
+        fresh: gives the whole initial value of a parameter by its name, float32, on the CPU: what the model began with
+            before it learned anything.
         teacher: gives another frozen model, by a local folder or hub name; its weights become part of what makes the
             run this run. Its numbers may be read only once the run trains.
     """
@@ -48,6 +50,7 @@ class Parts:
     batches: Mapping[str, Batches]
     lens: Callable[[tuple[int, ...]], TunedLens]
     seed: int
+    fresh: Callable[[str], Tensor]
     teacher: Callable[[str], PreTrainedModel]
 
 
@@ -158,7 +161,7 @@ class Phase:
     Attributes:
         name: what the log calls it; "" in a run of one phase.
         terms: of its loss, whose weights see s go from 0 to 1 within the phase.
-        steps: optimizer steps, at most as many as its batches have; None: all of them.
+        steps: optimizer steps, at most as many as its batches have; None: all of them. 0: only `begin`.
         begin: called before its first step, and not when a run goes on within it: it may change weights that are
             trained (noise, rows drawn anew), alike on all ranks.
         hooks: within its steps.
