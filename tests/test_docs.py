@@ -30,7 +30,8 @@ def test_a_method_is_added_as_the_page_says(home: Path, tmp_path: Path) -> None:
     shutil.copy(ROOT / "train.py", copy)
     (copy / "unlearn/methods/misdirect.py").write_text(file)
     listed = copy / "unlearn/methods/__init__.py"
-    listed.write_text(re.sub(r"^METHODS = .*$", names.strip(), listed.read_text(), flags=re.MULTILINE))
+    (name,) = re.findall(r'"[\w-]+"', names)
+    listed.write_text(listed.read_text().replace("METHODS = (\n", f"METHODS = (\n    {name},\n", 1))
     places = {"MODEL": home / "model", "FORGET": home / "forget.jsonl", "RETAIN": home / "retain.jsonl"}
     words = [str(places.get(word, word)) for word in command.split()]
     words = [str(tmp_path / "run") if word == "RUN" else word for word in words]

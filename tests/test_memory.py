@@ -101,6 +101,28 @@ def test_formula_of_an_attack_is_within_a_tenth_of_the_simulation(folder: str, m
     assert planned == pytest.approx(simulated_peak(config, layout) / GIB, rel=0.10)
 
 
+OUTPUTS = {
+    "npo": (4, {}),
+    "undial": (2, {"lora_rank": 8}),
+    "wga": (4, {}),
+    "ignorant-teacher": (4, {}),
+    "distill": (1, {}),
+    "distort": (4, {}),
+}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(method, marks=pytest.mark.slow if method in ("wga", "distort") else ()) for method in OUTPUTS],
+)
+def test_formula_of_other_methods_is_within_a_tenth_of_the_simulation(folder: str, method: str) -> None:
+    ranks, flags = OUTPUTS[method]
+    config = configure(method, model=folder, seq_len=256, micro_batch=4, **flags)
+    layout = Layout.of(config, ranks, ranks)
+    planned = peak_gib(config, Shape.of(empty_model(folder), config), layout, needs_of(config))
+    assert planned == pytest.approx(simulated_peak(config, layout) / GIB, rel=0.10)
+
+
 def allocated(config: TrainConfig) -> int:
     """Peak bytes that a real allocator gave out over the same steps, in one process."""
     device = torch.device("cpu")

@@ -137,7 +137,10 @@ def assemble(config: TrainConfig, device: torch.device, mesh: DeviceMesh | None 
         teachers.append(found)
         return found[0]
 
-    parts = method_parts(config, model, original, batches, lens, device, teacher)
+    def tokens(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    parts = method_parts(config, model, original, batches, lens, device, teacher, tokens)
     phases = method_phases(config, parts)
     encode_prompts(tokenizer, getattr(config, "prompts", ()), model_config)  # mistakes show before the first step
     check_windows(model_config, {corpus.name: corpus.windows for corpus in batches.read.values()})

@@ -72,6 +72,23 @@ class Rows:
         """int64 [N]: the row, 0..B-1, of each real token."""
         return torch.div(self.real, self.input_ids.shape[1], rounding_mode="floor")
 
+    def leading_row_of(self) -> Tensor:
+        """int64 [M]: the row, 0..B-1, of each token that has a next one."""
+        return torch.div(self.leading, self.input_ids.shape[1], rounding_mode="floor")
+
+    def of_sequence(self, values: Tensor) -> Tensor:
+        """[M] -> [B]: the sum over each sequence's tokens that have a next one; 0 in a row of padding alone."""
+        return values.new_zeros(self.input_ids.shape[0]).index_add_(0, self.leading_row_of(), values)
+
+    def lengths(self) -> Tensor:
+        """float32 [B]: how many tokens of each sequence have a next one."""
+        return self.of_sequence(torch.ones(self.leading.shape, device=self.leading.device))
+
+    @property
+    def global_sequences(self) -> int:
+        """Sequences of the global batch: each has one token without a next one."""
+        return self.global_tokens - self.global_leading
+
 
 class Batches:
     """Global batches of one corpus: the same windows in the same order at any number of ranks.

@@ -107,8 +107,13 @@ def method_parts(
     lens: Callable[[tuple[int, ...]], TunedLens],
     device: torch.device,
     teacher: Callable[[str], PreTrainedModel] = empty_model,
+    tokens: Callable[[str], list[int]] = lambda text: [0] * len(text),
 ) -> Parts:
-    """What the method may ask for; without an `original`, that is `model` with its adapters switched off."""
+    """What the method may ask for; without an `original`, that is `model` with its adapters switched off.
+
+    Args:
+        teacher, tokens: see `Parts`; by default those of a run without weights and text.
+    """
     before: Original = partial(without_adapters, model)
     if original is not None:
         before = partial(nullcontext, original)  # type: ignore[assignment]
@@ -119,6 +124,7 @@ def method_parts(
         batches=batches,
         lens=lens,
         seed=config.seed,
+        tokens=tokens,
         fresh=lambda name: fresh_weights(config.model, config.seed, revision=config.revision)(name),
         teacher=teacher,
     )

@@ -309,6 +309,21 @@ class RetainFlags:
     """Share of --retain-coef at the first step, from which it rises linearly."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class OutputRetainFlags(RetainFlags):
+    """How a method that pushes on predictions holds the model: by them too. With the settings that such methods share
+    (open-unlearning's, https://github.com/locuslab/open-unlearning)."""
+
+    retain_loss: Literal["kl", "next-token"] | None = flag(published="next-token", only=RETAINS)
+    """next-token: cross-entropy of retain text itself, in nats (published); kl: KL(original || model) a token."""
+    retain_coef: float | None = flag(1.0, least=0.0)
+    """Weight of the retain loss. Published: 1."""
+    retain_start: float = flag(1.0, least=0.0, most=1.0, only=RETAINS)
+    """Share of --retain-coef at the first step, from which it rises linearly. Published: 1."""
+    adam_lr: float | None = flag(1e-5, above=0.0)
+    """Peak learning rate of AdamW. Published: 1e-5."""
+
+
 @cache
 def config_of(method: str, base: type[TrainConfig] = TrainConfig) -> type[TrainConfig]:
     """The flags of `base` together with those of a method, which come last and may give shared flags other defaults."""

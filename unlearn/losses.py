@@ -249,9 +249,16 @@ class _Chunked(torch.autograd.Function):
         )
 
 
-def _chunked(
+def chunked(
     hidden: Tensor, unembedding: Tensor, weights: Tensor, chunk_loss: ChunkLoss, chunk: int, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
+    """Any loss of a token's logits: the weighted sum [] (differentiable) and the loss of each token [N], float32.
+
+    Args:
+        hidden, unembedding: [N, D] and [V, D]; differentiable in both.
+        weights: [N], what each token counts for in the sum.
+        chunk_loss: of some tokens' logits, and differentiable in them.
+    """
     return _Chunked.apply(hidden, unembedding, weights.float(), chunk_loss, chunk, softcap)
 
 
@@ -277,7 +284,51 @@ def next_token(
     def chunk_loss(logits: Tensor, part: slice) -> Tensor:
         return torch.nn.functional.cross_entropy(logits, targets[part], reduction="none")
 
-    return _chunked(hidden, unembedding, weights, chunk_loss, chunk, softcap)
+    return chunked(hidden, unembedding, weights, chunk_loss, chunk, softcap)
+
+
+Target = Callable[[slice], Tensor]  # which tokens -> unnormalised log-probabilities [n, V] of a target, float32
+
+
+def divergence(
+    hidden: Tensor,
+    unembedding: Tensor,
+    target: Target,
+    weights: Tensor,
+    *,
+    chunk: int = CHUNK,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """KL(q || p) of each token, where q is the softmax of a target.
+
+    The gradient of the logits is p - q, subtracted as it stands: exactly zero where both agree. By log-softmax it would
+    be p sum(q) - q, which leaves rounding to train on.
+
+    Args:
+        hidden, unembedding: [N, D] and [V, D]; differentiable in both.
+        weights: [N], what each token counts for in the sum.
+
+    Returns:
+        the weighted sum [] (differentiable) and the divergence of each token [N] in nats, both float32.
+    """
+
+    def chunk_loss(logits: Tensor, part: slice) -> Tensor:
+        with torch.no_grad():
+            reference = torch.log_softmax(target(part), dim=-1)
+            live = torch.log_softmax(logits, dim=-1)
+            expected = reference.exp()
+            found = (expected * reference.sub_(live)).sum(dim=-1)
+            slope = live.exp_().sub_(expected)
+        moved = (slope * logits).sum(dim=-1)
+        return found + (moved - moved.detach())
+
+    return chunked(hidden, unembedding, weights, chunk_loss, chunk, softcap)
+
+
+def logits_target(hidden: Tensor, unembedding: Tensor, softcap: float | None = None) -> Target:
+    """The logits of a frozen model, from its hidden states [N, D] and unembedding [V, D]."""
+    matrix = computed(unembedding)
+    return lambda part: logits_of(hidden[part], matrix, softcap)
 
 
 def kl_divergence(
@@ -290,33 +341,9 @@ def kl_divergence(
     chunk: int = CHUNK,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """KL(p_ref || p) of each token, where p_ref is the softmax of the reference's logits.
-
-    The gradient of the logits is p - p_ref, subtracted as it stands: exactly zero where both models agree, as they do
-    before the first step. By log-softmax it would be p sum(p_ref) - p_ref, which leaves rounding to train on.
-
-    Args:
-        hidden, unembedding: [N, D] and [V, D] of the trained model; differentiable in both.
-        reference_hidden, reference_unembedding: the same of the frozen original.
-        weights: [N], what each token counts for in the sum.
-
-    Returns:
-        the weighted sum [] (differentiable) and the divergence of each token [N] in nats, both float32.
-    """
-
-    reference_matrix = computed(reference_unembedding)
-
-    def chunk_loss(logits: Tensor, part: slice) -> Tensor:
-        with torch.no_grad():
-            reference = torch.log_softmax(logits_of(reference_hidden[part], reference_matrix, softcap), dim=-1)
-            live = torch.log_softmax(logits, dim=-1)
-            expected = reference.exp()
-            divergence = (expected * reference.sub_(live)).sum(dim=-1)
-            slope = live.exp_().sub_(expected)
-        moved = (slope * logits).sum(dim=-1)
-        return divergence + (moved - moved.detach())
-
-    return _chunked(hidden, unembedding, weights, chunk_loss, chunk, softcap)
+    """KL(p_ref || p) of each token, where p_ref is that of a frozen original: [N, D], [V, D]; see `divergence`."""
+    target = logits_target(reference_hidden, reference_unembedding, softcap)
+    return divergence(hidden, unembedding, target, weights, chunk=chunk, softcap=softcap)
 
 
 def l2_distance(hidden: Tensor, reference: Tensor) -> Tensor:

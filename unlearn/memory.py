@@ -198,12 +198,14 @@ def one_block(config: TrainConfig, shape: Shape, layout: Layout) -> dict[str, fl
 def _vocabulary(config: TrainConfig, shape: Shape, layout: Layout, needs: Sequence[Needs]) -> dict[str, float]:
     """Bytes of a loss over the vocabulary: a chunk of logits, and the unembeddings that it reads.
 
-    A chunk's numbers take 26 bytes where it is compared with the original's, 16 for a cross-entropy, 8 through a lens.
+    A chunk's numbers take 26 bytes where it is compared with the original's (21 where the unembedding has no gradient),
+    16 for a cross-entropy, 8 through a lens.
     """
     compute, chunk = DTYPE_BYTES[config.dtype], min(CHUNK, micro_tokens(config))
     above = [term for term in needs if term.deepest is None]
-    compared = any(term.original for term in above)
-    each = 26 if compared else 16 if above else 8 if any(term.bytes for term in needs) else 0
+    compared = any((term.original or term.teacher) and not term.apart for term in above)
+    beside = 21 if config.lora_rank else 26
+    each = beside if compared else 16 if above else 8 if any(term.bytes for term in needs) else 0
     result = {"a chunk over the vocabulary": float(each * chunk * shape.vocabulary)}
     if above and not compared and config.lora_rank and _is_sharded(config, layout):
         result["gathered unembedding and embedding"] = float(2 * shape.head * compute)

@@ -11,7 +11,22 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-METHODS = ("lens", "next-token", "rmu", "circuit-breakers", "distill", "distort", "reset")
+METHODS = (
+    "lens",
+    "next-token",
+    "rmu",
+    "circuit-breakers",
+    "grad-diff",
+    "wga",
+    "npo",
+    "simnpo",
+    "undial",
+    "max-entropy",
+    "ignorant-teacher",
+    "distill",
+    "distort",
+    "reset",
+)
 
 # What the flags of a method may import: torch takes a second, and `--help` must not wait for it.
 LIGHT = frozenset(("dataclasses", "typing", "math", "unlearn.config", "unlearn.errors", "unlearn.flags"))

@@ -14,7 +14,7 @@ from unlearn.batches import Rows
 from unlearn.config import RetainFlags
 from unlearn.losses import kl_divergence, l2_distance, next_token
 from unlearn.methods.terms import Cost, Needs, Numbers, OnStreams, Parts, Plain, Term, rising
-from unlearn.model import final_hidden, residual_streams, softcap, through_head
+from unlearn.model import Read, final_hidden, residual_streams, softcap, through_head
 
 
 def hold(flags: RetainFlags, parts: Parts, layers: tuple[int, ...]) -> list[Term]:
@@ -60,22 +60,38 @@ def by_prediction(parts: Parts) -> Callable[[Rows], Cost]:
     def cost(rows: Rows) -> Cost:
         with torch.no_grad(), parts.original() as original:
             kept = final_hidden(original, rows.input_ids, rows.at_real)  # [N, D]
-        hidden, training = final_hidden(model, rows.input_ids, rows.at_real), torch.is_grad_enabled()
+        hidden = final_hidden(model, rows.input_ids, rows.at_real)
 
-        def divergence(live: Tensor, matrix: Tensor, kept: Tensor, kept_matrix: Tensor) -> Tensor:
+        def read(live: Tensor, matrix: Tensor, kept: Tensor, kept_matrix: Tensor) -> Tensor:
             return kl_divergence(live, matrix, kept, kept_matrix, rows.weights(), softcap=cap)[0]
 
-        if original is model:  # adapters leave the unembedding as it was
-            return Plain(through_head(model, hidden, lambda live, matrix: divergence(live, matrix, kept, matrix)))
-
-        def beside(kept: Tensor, kept_matrix: Tensor) -> Tensor:
-            with torch.set_grad_enabled(training):
-                return through_head(model, hidden, lambda live, matrix: divergence(live, matrix, kept, kept_matrix))
-
-        with torch.no_grad():
-            return Plain(through_head(original, kept, beside))
+        return Plain(through_both_heads(model, hidden, original, kept, read))
 
     return cost
+
+
+Both = Callable[[Tensor, Tensor, Tensor, Tensor], Read]
+
+
+def through_both_heads(
+    model: PreTrainedModel, hidden: Tensor, original: PreTrainedModel, kept: Tensor, read: Both[Read]
+) -> Read:
+    """`read(hidden, U, kept, U_original)` where both unembeddings are whole, differentiable in the first two.
+
+    Args:
+        hidden: [.., D] of the model. kept: [.., D] of the original, which may be the model without its adapters: they
+            leave the unembedding as it was.
+    """
+    if original is model:
+        return through_head(model, hidden, lambda live, matrix: read(live, matrix, kept, matrix))
+    training = torch.is_grad_enabled()
+
+    def beside(kept: Tensor, kept_matrix: Tensor) -> Read:
+        with torch.set_grad_enabled(training):
+            return through_head(model, hidden, lambda live, matrix: read(live, matrix, kept, kept_matrix))
+
+    with torch.no_grad():
+        return through_head(original, kept, beside)
 
 
 def by_streams(

@@ -38,6 +38,7 @@ class Parts:
         batches: the global batches of each corpus, `forget` and `retain`.
         lens: gives the tuned lens at some layers.
         seed: of the run.
+        tokens: gives the token ids of a text, without what the tokenizer would put around it.
         fresh: gives the whole initial value of a parameter by its name, float32, on the CPU: what the model began with
             before it learned anything.
         teacher: gives another frozen model, by a local folder or hub name; its weights become part of what makes the
@@ -50,6 +51,7 @@ class Parts:
     batches: Mapping[str, Batches]
     lens: Callable[[tuple[int, ...]], TunedLens]
     seed: int
+    tokens: Callable[[str], list[int]]
     fresh: Callable[[str], Tensor]
     teacher: Callable[[str], PreTrainedModel]
 
@@ -84,7 +86,8 @@ class Needs:
 
     Attributes:
         deepest: the deepest residual stream that it reads; None if it reads the unembedding above all of them.
-        original: whether it runs the original too. kept: how many of its residual streams [B, S, D] it keeps.
+        original: whether it runs the original too. kept: how many of its residual streams [B, S, D] it keeps. apart:
+            whether it reads the original's logits, if it does, at another time than the model's.
         bytes: of what it holds over the whole run beside the models, computed in the run's dtype.
         teacher: parameters of a teacher, if it asks for one.
         flops: floating-point operations a token beside the models'.
@@ -95,6 +98,7 @@ class Needs:
     deepest: int | None = None
     original: bool = False
     kept: int = 0
+    apart: bool = False
     bytes: float = 0.0
     flops: float = 0.0
     teacher: int = 0
