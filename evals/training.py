@@ -134,9 +134,10 @@ class Training:
 
     def _counting(self, phase: Phase) -> Hooks:
         """The hooks of a phase; where they end it, the steps that are left out are counted."""
-        stop = phase.hooks.stop
+        hooks = self.unlearning.hooks_of(phase)
+        stop = hooks.stop
         if stop is None:
-            return phase.hooks
+            return hooks
 
         def counted(done: int, numbers: Mapping[str, float]) -> str | None:
             why = stop(done, numbers)
@@ -144,7 +145,7 @@ class Training:
                 self.left_out[phase.name] = self.unlearning.steps_of(phase) - done
             return why
 
-        return dataclasses.replace(phase.hooks, stop=counted)
+        return dataclasses.replace(hooks, stop=counted)
 
     def finish(self) -> None:
         """Everything is written."""

@@ -27,11 +27,12 @@ from unlearn.cost import Passes, passes_of_step
 from unlearn.distributed import fail_together, is_main, world_size
 from unlearn.errors import UserError
 from unlearn.files import files_hash
+from unlearn.filters import hooks_of
 from unlearn.lens import TunedLens
 from unlearn.lens_readings import encode_prompts
 from unlearn.lora import adapters, initial_adapters
 from unlearn.memory import Layout, Shape, available_gib, check_fits, check_rank, check_reach
-from unlearn.methods.terms import Loss, Needs, Parts, Phase
+from unlearn.methods.terms import Hooks, Loss, Needs, Parts, Phase
 from unlearn.model import (
     empty_model,
     fresh_weights,
@@ -53,7 +54,7 @@ class Unlearning:
 
     Attributes:
         teachers: other frozen models that the method asked for. identity: digests of all that is read.
-        precision: of forward passes. shape: the model's sizes.
+        precision: of forward passes. shape: the model's sizes. filters: the hooks of --filter.
     """
 
     config: TrainConfig
@@ -66,6 +67,7 @@ class Unlearning:
     parts: Parts
     phases: list[Phase]
     precision: Precision
+    filters: Hooks
     identity: dict[str, str]
     optimizers: dict[str, Optimizer]
 
@@ -77,7 +79,14 @@ class Unlearning:
     def loss_of(self, phase: Phase) -> Loss:
         """Of a phase."""
         frozen = [model for model in (self.original, *(teacher for teacher, _ in self.teachers)) if model is not None]
-        return Loss(phase.terms, self.precision, frozen, lambda step: self.passes(phase, step).as_numbers())
+        terms = phase.terms
+        if self.config.filter:  # it compares the forget gradient with what it has seen of the retain gradient
+            terms = sorted(terms, key=lambda term: term.name == "forget")
+        return Loss(terms, self.precision, frozen, lambda step: self.passes(phase, step).as_numbers())
+
+    def hooks_of(self, phase: Phase) -> Hooks:
+        """Of a phase: its own, then those of --filter."""
+        return phase.hooks.then(self.filters)
 
     def passes(self, phase: Phase, step: int) -> Passes:
         """What a step of a phase costs."""
@@ -90,7 +99,8 @@ class Unlearning:
 
     def state(self) -> dict[str, Tensor]:
         """What the phases' hooks keep from step to step, by name; the models must have their weights."""
-        return {f"{phase.name}.{name}": value for phase in self.phases for name, value in phase.hooks.state().items()}
+        own = {f"{phase.name}.{name}": value for phase in self.phases for name, value in phase.hooks.state().items()}
+        return own | {f"filter.{name}": value for name, value in self.filters.state().items()}
 
     @property
     def steps(self) -> int:
@@ -146,9 +156,20 @@ def assemble(config: TrainConfig, device: torch.device, mesh: DeviceMesh | None 
     check_windows(model_config, {corpus.name: corpus.windows for corpus in batches.read.values()})
     check_apart(batches.read)
     identity |= {f"{name} corpus": corpus.sha256() for name, corpus in batches.read.items()}
-    computing = precision(config, mesh, device)
     found = Unlearning(
-        config, shape, model, original, checkpoint, tokenizer, teachers, parts, phases, computing, identity, {}
+        config,
+        shape,
+        model,
+        original,
+        checkpoint,
+        tokenizer,
+        teachers,
+        parts,
+        phases,
+        precision(config, mesh, device),
+        hooks_of(config, model),
+        identity,
+        {},
     )
     _check_phases(found)
     return found

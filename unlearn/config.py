@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 import tyro
 
 from unlearn.errors import UserError
+from unlearn.filter_config import FilterFlags
 from unlearn.flags import Only, by_mode, flag, settle
 from unlearn.methods import METHODS, flags_of
 
@@ -117,7 +118,7 @@ class ResumeFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(CorpusFlags, ResumeFlags, DeviceFlags):
+class TrainConfig(CorpusFlags, ResumeFlags, DeviceFlags, FilterFlags):
     """Change a model by a method: the flags that all methods share. `config_of` adds those of the chosen one."""
 
     method: Literal[METHODS] = "lens"  # type: ignore[valid-type]
@@ -239,6 +240,7 @@ class TrainConfig(CorpusFlags, ResumeFlags, DeviceFlags):
         self.check_text()
         self.check_resume()
         settle(self)
+        self.check_filter()
         if self.muon_method == "quintic":
             object.__setattr__(self, "muon_floor", 0.0)
         if self.output is None:

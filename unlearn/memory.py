@@ -154,8 +154,13 @@ def _states(config: TrainConfig, shape: Shape, layout: Layout, needs: Sequence[N
         result["weights"] = (compute * shape.parameters + 4 * trained) / ranks
     if config.optimizer != "muon":
         in_muon = 0
-    terms = 1 if _is_sharded(config, layout) else min(2, len(needs))  # replicated gradients are summed term by term
+    apart = bool(config.filter) or not _is_sharded(config, layout)  # each term's gradient is then summed by itself
+    terms = min(2, len(needs)) if apart else 1
     result["gradients"] = 4 * trained * terms / ranks
+    if "sign-mask" in config.filter:
+        result["the retain gradient's mean"] = 4 * trained / ranks
+    if "collapse" in config.filter:
+        result["the forget gradient's mean"] = 4 * shape.trained_matrices / ranks
     if config.optimizer != "sgd":
         result["optimizer"] = (4 * in_muon + 8 * (trained - in_muon)) / ranks
     teacher = max((term.teacher for term in needs), default=0)

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from unlearn.blank import blank_lens, full_windows, needs_of
 from unlearn.building import method_parts, method_terms, original_model, precision, trained_model
 from unlearn.config import TrainConfig
+from unlearn.filters import hooks_of
 from unlearn.memory import Layout
 from unlearn.methods.terms import Loss, Parts, Term
 from unlearn.optim.build import build_optimizers
@@ -169,10 +170,12 @@ def _simulate(config: TrainConfig, layout: Layout, method: Method) -> int:
             held = optimizer_states(config, model)
             model.train()
             loss = Loss(terms, precision(config, mesh, CPU), [] if original is None else [original])
-            gradients(model, loss, 1, 2)  # the second step: the retain coefficient may start at 0
+            kept = hooks_of(config, model).state()
+            unfiltered = (lambda term, trained: None) if config.filter else None
+            gradients(model, loss, 1, 2, unfiltered)  # the second step: the retain coefficient may start at 0
             parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
             clip_gradients(parameters, 1.0, torch.ones(()))
-            del held
+            del held, kept
             return counter.peak
 
 

@@ -157,6 +157,30 @@ class Hooks:
     stop: Callable[[int, Mapping[str, float]], str | None] | None = None
     state: Callable[[], Mapping[str, Tensor]] = dict
 
+    def then(self, other: "Hooks") -> "Hooks":
+        """These, and then the other ones; the first that has a reason ends the phase."""
+
+        def filter(term: str, trained: Mapping[str, nn.Parameter]) -> None:
+            for one in (self.filter, other.filter):
+                if one is not None:
+                    one(term, trained)
+
+        def after_step(done: int) -> None:
+            for one in (self.after_step, other.after_step):
+                if one is not None:
+                    one(done)
+
+        def stop(done: int, numbers: Mapping[str, float]) -> str | None:
+            found = [one(done, numbers) for one in (self.stop, other.stop) if one is not None]
+            return next((why for why in found if why), None)
+
+        return Hooks(
+            filter=None if self.filter is other.filter is None else filter,
+            after_step=None if self.after_step is other.after_step is None else after_step,
+            stop=None if self.stop is other.stop is None else stop,
+            state=lambda: {**self.state(), **other.state()},
+        )
+
 
 @dataclass(frozen=True)
 class Phase:

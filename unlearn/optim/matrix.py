@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unlearn.optim.layout import Layout
-from unlearn.optim.polar import flops, wire_dtype
+from unlearn.optim.polar import flops, polar_factor, wire_dtype
 
 AdjustLr = Literal["match_rms_adamw", "original"]
 Qkv = Literal["fused", "split", "per-head"]
@@ -44,6 +44,11 @@ class Matrix:
         return count * flops(rows, columns, settings["method"], floor=settings["floor"], steps=settings["steps"])
 
     @property
+    def device(self) -> torch.device:
+        """Where its rows are."""
+        return self.weight.device
+
+    @property
     def wire(self) -> torch.dtype:
         """The dtype of what is orthogonalised, and of the update, wherever they are sent."""
         return wire_dtype(*self._pieces[1:], self.settings["floor"])
@@ -70,6 +75,12 @@ class Matrix:
                 torch.lerp(gradient, momentum, beta, out=out)
             else:
                 out.copy_(momentum)
+
+    def compute(self, whole: list[Tensor]) -> Tensor:
+        """Orthogonalise what is in a list, flat, whose memory serves the iteration: no reference to it is left."""
+        pieces, settings = [self.split(whole.pop())], self.settings
+        method, floor, steps = settings["method"], settings["floor"], settings["steps"]
+        return self.join(polar_factor(pieces.pop(), method, floor=floor, steps=steps, overwrite=True))
 
     def update(self, rows: Tensor) -> None:
         """Decay this rank's rows of the weight, then move them against `rows`, [rows, n] or flat."""

@@ -1,18 +1,55 @@
-"""Rounds: in each, every rank owns at most one matrix, which it receives, orthogonalises and gives back."""
+"""Rounds: in each, every rank owns at most one matrix, which it receives whole, changes and gives back."""
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, repeat
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from unlearn.optim.layout import Layout, assign
-from unlearn.optim.matrix import Matrix
-from unlearn.optim.polar import polar_factor
 
 Place = tuple[int, int]  # (replica, shard)
+
+
+class Matrix(Protocol):
+    """What goes through a round: rows that lie on all ranks, and what their owner makes of them together."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def layout(self) -> Layout: ...
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def cost(self) -> int:
+        """Floating-point operations of its owner."""
+        ...
+
+    @property
+    def wire(self) -> torch.dtype:
+        """The dtype of what is sent, there and back."""
+        ...
+
+    def elements(self, shard: int) -> int:
+        """How many elements of it a shard sends, and gets back."""
+        ...
+
+    def advance(self, direction: Tensor | None) -> None:
+        """Write this rank's rows into `direction`, flat, if this rank is to send or keep them."""
+        ...
+
+    def compute(self, whole: list[Tensor]) -> Tensor:
+        """The owner's part: flat, out of a list of one, and flat again."""
+        ...
+
+    def update(self, rows: Tensor) -> None:
+        """Take back this rank's rows, flat."""
+        ...
 
 
 def plan(matrices: Sequence[Matrix], ranks: int) -> list[tuple[Layout, dict[Place, Matrix]]]:
@@ -67,7 +104,9 @@ def run_round(layout: Layout, owned: Mapping[Place, Matrix]) -> Iterator[None]:
     sizes = [0 if matrix is None else matrix.elements(layout.shard) for matrix in replica]
     parts = [0 if own is None else own.elements(shard) for shard in range(layout.shards)]
     whole = _exchange(_directions(layout, owned, sizes), sizes, parts, layout.shard_group)
-    updates = yield from _exchange(_orthogonalize(own, (yield from whole)), parts, sizes, layout.shard_group)
+    arrived = [(yield from whole)]  # a list, out of which the owner takes it: its memory is needed
+    computed = arrived.pop() if own is None else own.compute(arrived)
+    updates = yield from _exchange(computed, parts, sizes, layout.shard_group)
     if layout.replica_group is None:
         _update([matrix for matrix in replica if matrix is not None], layout, updates)
         return
@@ -81,7 +120,7 @@ def run_round(layout: Layout, owned: Mapping[Place, Matrix]) -> Iterator[None]:
 def _directions(layout: Layout, owned: Mapping[Place, Matrix], sizes: Sequence[int]) -> Tensor:
     """Step the momenta of the whole round; the directions for this replica's owners, in their order."""
     first = next(iter(owned.values()))
-    directions = first.weight.new_empty(sum(sizes), dtype=first.wire)
+    directions = torch.empty(sum(sizes), dtype=first.wire, device=first.device)
     pieces = dict(enumerate(directions.split(list(sizes))))
     for (replica, shard), matrix in owned.items():
         matrix.advance(pieces[shard] if replica == layout.replica else None)
@@ -98,16 +137,6 @@ def _exchange(sent: Tensor, sizes: list[int], received: list[int], group: Any) -
     work.wait()
     sent.untyped_storage().resize_(0)  # gloo's threads may keep the tensors of a collective until their next one
     return buffer
-
-
-def _orthogonalize(own: Matrix | None, whole: Tensor) -> Tensor:
-    """Orthogonalise this rank's matrix of the round, flat, if it has one."""
-    if own is None:
-        return whole
-    pieces, settings = [own.split(whole)], own.settings
-    del whole  # and popped below: no reference is left here, and its memory serves the iteration
-    method, floor, steps = settings["method"], settings["floor"], settings["steps"]
-    return own.join(polar_factor(pieces.pop(), method, floor=floor, steps=steps, overwrite=True))
 
 
 def _broadcasts(layout: Layout, owned: Mapping[Place, Matrix], mine: Tensor) -> list[tuple[Any, list[Matrix], Tensor]]:
