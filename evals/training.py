@@ -5,14 +5,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from evals.evaluation import Evaluation
-from evals.judge.summary import write_summary
+from evals.judge.summary import summarise, write_summary
 from unlearn.assemble import Unlearning, announce, assemble, fill_models
+from unlearn.budget import MEASURED
 from unlearn.config import TrainConfig
 from unlearn.cost import CpuTime, Passes, peak_gib
 from unlearn.distributed import TIMEOUT, set_timeout
@@ -111,6 +113,8 @@ class Training:
             phase.begin(found.model)
             for optimizer in found.optimizers.values():
                 restart(optimizer)
+            if found.budget is not None:
+                found.budget.check()
         if found.steps_of(phase) == 0:
             return
         train(
@@ -135,17 +139,33 @@ class Training:
     def _counting(self, phase: Phase) -> Hooks:
         """The hooks of a phase; where they end it, the steps that are left out are counted."""
         hooks = self.unlearning.hooks_of(phase)
+        tasks = {name: least for name, least in self.unlearning.config.budgets.items() if name not in MEASURED}
+        if tasks:
+            hooks = hooks.then(Hooks(stop=partial(self._accuracy_left, tasks)))
         stop = hooks.stop
         if stop is None:
             return hooks
 
-        def counted(done: int, numbers: Mapping[str, float]) -> str | None:
+        def counted(done: int, numbers: dict[str, float]) -> str | None:
             why = stop(done, numbers)
             if why:
                 self.left_out[phase.name] = self.unlearning.steps_of(phase) - done
             return why
 
         return dataclasses.replace(hooks, stop=counted)
+
+    def _accuracy_left(self, tasks: Mapping[str, float], done: int, numbers: dict[str, float]) -> str | None:
+        """Which task has fallen below its least accuracy, in words; None if none has."""
+        if done % self.unlearning.config.stop_every:
+            return None
+        assert self.evaluation is not None, "the tasks are among --eval-tasks"
+        with self.unlearning.precision():
+            result = self.evaluation.run(self.unlearning.model, name=f"{self.unlearning.config.model} in training")
+        summary = summarise(result)
+        found = {name: float(summary[name]["acc"]) for name in tasks}
+        numbers |= {f"{name}/acc": accuracy for name, accuracy in found.items()}
+        low = [name for name, accuracy in found.items() if accuracy < tasks[name]]
+        return f"--stop-at {low[0]}={tasks[low[0]]:g}: {found[low[0]]:.6g}" if low else None
 
     def finish(self) -> None:
         """Everything is written."""

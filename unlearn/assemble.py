@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unlearn.batches import Batches, check_examples
 from unlearn.blank import needs_of
+from unlearn.budget import Budget, budget_of
 from unlearn.building import (
     frozen_model,
     method_parts,
@@ -54,7 +55,8 @@ class Unlearning:
 
     Attributes:
         teachers: other frozen models that the method asked for. identity: digests of all that is read.
-        precision: of forward passes. shape: the model's sizes. filters: the hooks of --filter.
+        precision: of forward passes. shape: the model's sizes. filters: the hooks of --filter. budget:
+            of --stop-at, where it measures.
     """
 
     config: TrainConfig
@@ -68,6 +70,7 @@ class Unlearning:
     phases: list[Phase]
     precision: Precision
     filters: Hooks
+    budget: Budget | None
     identity: dict[str, str]
     optimizers: dict[str, Optimizer]
 
@@ -85,8 +88,9 @@ class Unlearning:
         return Loss(terms, self.precision, frozen, lambda step: self.passes(phase, step).as_numbers())
 
     def hooks_of(self, phase: Phase) -> Hooks:
-        """Of a phase: its own, then those of --filter."""
-        return phase.hooks.then(self.filters)
+        """Of a phase: its own, then those of --filter and --stop-at."""
+        hooks = phase.hooks.then(self.filters)
+        return hooks if self.budget is None else hooks.then(self.budget.hooks())
 
     def passes(self, phase: Phase, step: int) -> Passes:
         """What a step of a phase costs."""
@@ -156,6 +160,7 @@ def assemble(config: TrainConfig, device: torch.device, mesh: DeviceMesh | None 
     check_windows(model_config, {corpus.name: corpus.windows for corpus in batches.read.values()})
     check_apart(batches.read)
     identity |= {f"{name} corpus": corpus.sha256() for name, corpus in batches.read.items()}
+    computing = precision(config, mesh, device)
     found = Unlearning(
         config,
         shape,
@@ -166,8 +171,9 @@ def assemble(config: TrainConfig, device: torch.device, mesh: DeviceMesh | None 
         teachers,
         parts,
         phases,
-        precision(config, mesh, device),
+        computing,
         hooks_of(config, model),
+        budget_of(config, parts, computing, [one for one in (original, *(t for t, _ in teachers)) if one is not None]),
         identity,
         {},
     )

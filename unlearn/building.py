@@ -14,6 +14,7 @@ from unlearn.config import TrainConfig
 from unlearn.distributed import fail_together
 from unlearn.lens import TunedLens
 from unlearn.lora import add_lora, lora_disabled
+from unlearn.memory import reads_original
 from unlearn.methods import method_module
 from unlearn.methods.terms import Needs, Original, Parts, Phase, Term
 from unlearn.model import disable_dropout, empty_model, final_norm, fresh_weights
@@ -82,7 +83,7 @@ def original_model(config: TrainConfig, mesh: DeviceMesh | None, needs: Sequence
     It computes as the model in training does, so that both are equal before the first step: unsharded, from float32
     weights under autocast, which leaves the residual stream in float32.
     """
-    if config.lora_rank > 0 or not any(term.original for term in needs):
+    if config.lora_rank > 0 or not reads_original(config, needs):
         return None
     return frozen_model(config, config.model, mesh, revision=config.revision, offload=config.offload_reference)
 

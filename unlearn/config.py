@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
+from unlearn.budget_config import BudgetFlags
 from unlearn.errors import UserError
 from unlearn.filter_config import FilterFlags
 from unlearn.flags import Only, by_mode, flag, settle
@@ -118,7 +119,7 @@ class ResumeFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(CorpusFlags, ResumeFlags, DeviceFlags, FilterFlags):
+class TrainConfig(CorpusFlags, ResumeFlags, DeviceFlags, FilterFlags, BudgetFlags):
     """Change a model by a method: the flags that all methods share. `config_of` adds those of the chosen one."""
 
     method: Literal[METHODS] = "lens"  # type: ignore[valid-type]
@@ -241,6 +242,7 @@ class TrainConfig(CorpusFlags, ResumeFlags, DeviceFlags, FilterFlags):
         self.check_resume()
         settle(self)
         self.check_filter()
+        self.check_budgets()
         if self.muon_method == "quintic":
             object.__setattr__(self, "muon_floor", 0.0)
         if self.output is None:

@@ -167,9 +167,14 @@ def _states(config: TrainConfig, shape: Shape, layout: Layout, needs: Sequence[N
     if teacher:
         wide = not _is_sharded(config, layout) and config.lora_rank == 0
         result["teacher"] = (4 if wide else compute) * teacher / ranks
-    if config.lora_rank == 0 and any(term.original for term in needs) and not config.offload_reference:
+    if config.lora_rank == 0 and reads_original(config, needs) and not config.offload_reference:
         result["reference"] = (compute if _is_sharded(config, layout) else 4) * shape.parameters / ranks
     return result
+
+
+def reads_original(config: TrainConfig, needs: Sequence[Needs]) -> bool:
+    """Whether the run reads the original: in its loss, or for its budgets."""
+    return any(term.original for term in needs) or not {"kl", "loss"}.isdisjoint(config.budgets)
 
 
 def _activations(config: TrainConfig, shape: Shape, needs: Sequence[Needs]) -> float:

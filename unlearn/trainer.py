@@ -116,7 +116,7 @@ def _checked(filter: GradientFilter | None, step: int) -> GradientFilter | None:
     return checked
 
 
-def _after_step(hooks: Hooks, done: int, numbers: Mapping[str, float]) -> str | None:
+def _after_step(hooks: Hooks, done: int, numbers: dict[str, float]) -> str | None:
     """What hooks do once the optimizers have stepped; why the phase ends here, if it does."""
     if hooks.after_step is not None:
         hooks.after_step(done)

@@ -1,15 +1,16 @@
-"""Filters at several ranks: the gradients of one."""
+"""Filters and budgets at several ranks: the gradients and the damage of one."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from harness import run_ranks
 from test_filters import assembled
 from torch import Tensor
 
 from unlearn.trainer import gradients
-from unlearn.weights import full
+from unlearn.weights import full, local_rows
 
 pytestmark = pytest.mark.usefixtures("token_cache")
 
@@ -53,3 +54,21 @@ def test_filters_at_several_ranks(home: Path, ranks: int, flags: dict[str, Any])
                 else:
                     # the top directions of a mean whose values differ by a tenth turn ten times as far as it does
                     assert difference.norm() <= 1e-3 * gradient.norm() + 1e-6, name
+
+
+def damage(home: Path, flags: dict[str, Any]) -> dict[str, float]:
+    run = assembled(home, stop_at=("kl=0.5", "loss=0.5"), examples=8, batch=4, stop_windows=5, micro_batch=2, **flags)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in run.model.parameters():
+        rows, first = local_rows(parameter.detach())
+        rows += 0.1 * torch.randn(parameter.shape, generator=generator)[first : first + rows.shape[0]]
+    assert run.budget is not None
+    return run.budget.measure()
+
+
+def test_damage_at_several_ranks(home: Path) -> None:
+    """Five windows are three micro-batches: of two ranks one has none in the second round."""
+    expected = damage(home, {})
+    for shard in ("replicate", "full"):
+        for found in run_ranks(2, damage, home, {"shard": shard}):
+            assert found == pytest.approx(expected, rel=1e-5, abs=1e-6), shard

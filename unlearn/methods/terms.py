@@ -146,15 +146,15 @@ class Hooks:
             terms' and clipped, with the term's name and the trained parameters by name: may change `.grad` in place.
             Not called where the term's weight is 0. The terms' gradients are then held apart, which costs one more.
         after_step: called with the number of the phase's steps done, once the optimizers have stepped.
-        stop: called after that with the same and the step's numbers, summed over ranks; says why the phase ends here,
-            or None.
+        stop: called after that with the same and the step's numbers, summed over ranks, to which it may add what is to
+            be logged; says why the phase ends here, or None.
         state: what the hooks keep from step to step, by name: written to checkpoints, and read back in place. Called
             when the model has its weights.
     """
 
     filter: Callable[[str, Mapping[str, nn.Parameter]], None] | None = None
     after_step: Callable[[int], None] | None = None
-    stop: Callable[[int, Mapping[str, float]], str | None] | None = None
+    stop: Callable[[int, dict[str, float]], str | None] | None = None
     state: Callable[[], Mapping[str, Tensor]] = dict
 
     def then(self, other: "Hooks") -> "Hooks":
@@ -170,7 +170,7 @@ class Hooks:
                 if one is not None:
                     one(done)
 
-        def stop(done: int, numbers: Mapping[str, float]) -> str | None:
+        def stop(done: int, numbers: dict[str, float]) -> str | None:
             found = [one(done, numbers) for one in (self.stop, other.stop) if one is not None]
             return next((why for why in found if why), None)
 
