@@ -19,7 +19,7 @@ from unlearn.assemble import build
 from unlearn.blank import needs_of
 from unlearn.config import TrainConfig, configure
 from unlearn.errors import UserError
-from unlearn.memory import Layout, Shape, peak_gib
+from unlearn.memory import Layout, Shape, terms
 from unlearn.methods.retain import by_prediction, prediction
 from unlearn.methods.terms import Needs, Parts, Phase, Term
 from unlearn.model import empty_model, load_model, save_model
@@ -190,9 +190,7 @@ def test_another_teacher_is_another_run(home: Path, tmp_path: Path, attempt: Cal
 
 def test_the_plan_counts_a_teacher(home: Path, method: Any) -> None:
     config = configure("next-token", **settings(home))
-    shape, peaks = Shape.of(empty_model(config.model), config), []
-    for own in ({}, {"terms": distilled(home / "model")}):
-        if own:
-            method(**own)
-        peaks.append(peak_gib(config, shape, Layout(1, 1), needs_of(config)))
-    assert (peaks[1] - peaks[0]) * 2**30 == pytest.approx(4 * shape.parameters)
+    shape = Shape.of(empty_model(config.model), config)
+    assert "teacher" not in terms(config, shape, Layout(1, 1), needs_of(config))
+    method(terms=distilled(home / "model"))
+    assert terms(config, shape, Layout(1, 1), needs_of(config))["teacher"] == 4 * shape.parameters
