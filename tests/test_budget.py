@@ -108,6 +108,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"stop_at": ("a=0.5",), "eval_tasks": ("a",), "stop_windows": 5},
         "--stop-windows has no effect without --stop-at kl or loss",
     ),
+    "rate alone": ({"retain_rate": 0.5}, "--retain-rate has no effect without --retain-budget"),
+    "a schedule too": (
+        {"retain_budget": 1.0, "retain_start": 0.5},
+        "--retain-start has no effect beside --retain-budget",
+    ),
     "too little text": (
         {"stop_at": ("kl=1",), "stop_windows": 120},
         "expected 120 windows of retain text .* found 112",
@@ -120,3 +125,34 @@ def test_mistakes(home: Path, name: str) -> None:
     flags, said = MISTAKES[name]
     with pytest.raises(UserError, match=said):
         assembled(home, **flags)
+
+
+def test_the_weight_of_a_retain_loss_follows_its_budget(
+    home: Path,
+    tmp_path: Path,
+    attempt: Callable[..., str],
+    run_here: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """w <- max(0, w + rate (R - budget)), from --retain-coef; a run that goes on has the weight that it had."""
+    more = ("--retain-budget", 5.6, "--retain-rate", 0.5, "--retain-coef", 0.2, "--batch", 4, "--epochs", 2)
+    kill_after(monkeypatch, 4, lambda: run_here(train.main, *words(home, tmp_path / "run", *more)))
+    for name in ("run", "whole"):
+        attempt(*words(home, tmp_path / name, *more))
+    lines = log(tmp_path / "run")
+    weight, weights_seen = 0.2, []
+    for line in lines:
+        assert line["retain_weight"] == pytest.approx(weight, rel=1e-6)
+        weights_seen.append(weight)
+        weight = max(1e-12, weight + 0.5 * (line["retain_loss"] - 5.6))
+    assert len(lines) == 10 and max(weights_seen) > 0.25, weights_seen
+    one, other = (weights(tmp_path / name) for name in ("run", "whole"))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_a_weight_that_is_not_needed_falls_to_nothing(home: Path) -> None:
+    run = assembled(home, retain_budget=100.0)
+    retain = run.phases[0].terms[1]
+    assert retain.weight(0.0) == 1.0 and retain.hooks.stop is not None
+    assert retain.hooks.stop(1, {"retain_loss": 5.0}) is None
+    assert retain.weight(0.5) == 1e-12

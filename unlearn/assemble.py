@@ -88,8 +88,11 @@ class Unlearning:
         return Loss(terms, self.precision, frozen, lambda step: self.passes(phase, step).as_numbers())
 
     def hooks_of(self, phase: Phase) -> Hooks:
-        """Of a phase: its own, then those of --filter and --stop-at."""
-        hooks = phase.hooks.then(self.filters)
+        """Of a phase: its own, those of its terms, then those of --filter and --stop-at."""
+        hooks = phase.hooks
+        for term in phase.terms:
+            hooks = hooks.then(term.hooks)
+        hooks = hooks.then(self.filters)
         return hooks if self.budget is None else hooks.then(self.budget.hooks())
 
     def passes(self, phase: Phase, step: int) -> Passes:
@@ -103,8 +106,13 @@ class Unlearning:
 
     def state(self) -> dict[str, Tensor]:
         """What the phases' hooks keep from step to step, by name; the models must have their weights."""
-        own = {f"{phase.name}.{name}": value for phase in self.phases for name, value in phase.hooks.state().items()}
-        return own | {f"filter.{name}": value for name, value in self.filters.state().items()}
+        kept = {f"filter.{name}": value for name, value in self.filters.state().items()}
+        for phase in self.phases:
+            named = [("", phase.hooks), *((f"{term.name}.", term.hooks) for term in phase.terms)]
+            kept |= {
+                f"{phase.name}.{own}{name}": value for own, hooks in named for name, value in hooks.state().items()
+            }
+        return kept
 
     @property
     def steps(self) -> int:

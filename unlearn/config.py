@@ -43,6 +43,8 @@ MAY_RETAIN = Only(
 ON_FORGET = Only(lambda config: getattr(config, "on_forget", True), "with --no-on-forget")
 TAKES_FORGET = Only(lambda config: getattr(config, "data", "forget") != "retain", "with --data retain")
 TAKES_RETAIN = Only(lambda config: getattr(config, "data", "retain") != "forget", "with --data forget")
+BUDGETED = Only(lambda config: config.retain_budget is not None, "without --retain-budget")
+SCHEDULED = Only(lambda config: config.retain_budget is None, "beside --retain-budget")
 COUNTS_EPOCHS = Only(lambda config: config.steps is None, "beside --steps")
 HYBRID = Only(lambda config: config.shard == "hybrid", "without --shard hybrid")
 COUNTED = Only(lambda config: config.micro_tokens is None, "with --micro-tokens")
@@ -309,8 +311,13 @@ class RetainFlags:
     square of their difference; next-token: cross-entropy of retain text itself, in nats."""
     retain_coef: float | None = flag(least=0.0)
     """Weight of the retain loss at the end of the run."""
-    retain_start: float = flag(0.0, least=0.0, most=1.0, only=RETAINS)
+    retain_start: float = flag(0.0, least=0.0, most=1.0, only=(RETAINS, SCHEDULED))
     """Share of --retain-coef at the first step, from which it rises linearly."""
+    retain_budget: float | None = flag(above=0.0, only=RETAINS)
+    """Largest retain loss, kept by dual ascent: --retain-coef is then what its weight begins with; after each step the
+    weight grows by --retain-rate times what the loss is above the budget, or falls, to 0 at the least."""
+    retain_rate: float | None = flag(published=1.0, above=0.0, only=(RETAINS, BUDGETED))
+    """How fast the weight follows. Published: 1 (https://arxiv.org/abs/2506.05314)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,7 +329,7 @@ class OutputRetainFlags(RetainFlags):
     """next-token: cross-entropy of retain text itself, in nats (published); kl: KL(original || model) a token."""
     retain_coef: float | None = flag(1.0, least=0.0)
     """Weight of the retain loss. Published: 1."""
-    retain_start: float = flag(1.0, least=0.0, most=1.0, only=RETAINS)
+    retain_start: float = flag(1.0, least=0.0, most=1.0, only=(RETAINS, SCHEDULED))
     """Share of --retain-coef at the first step, from which it rises linearly. Published: 1."""
     adam_lr: float | None = flag(1e-5, above=0.0)
     """Peak learning rate of AdamW. Published: 1e-5."""

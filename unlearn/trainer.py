@@ -82,17 +82,13 @@ def train(
             _update(optimizers.values(), norm.device)
             logged = step % log_every == 0 or step == steps - 1
             numbers = summed(metrics, norm.device) if logged or hooks.stop is not None else {}
+            settings = _settings(loss, optimizers, step, steps)  # before hooks change a weight
             why = _after_step(hooks, step + 1, numbers)
             if logged or why:
-                line: dict[str, float | str] = {"step": offset + step, **({"phase": phase} if phase else {})}
-                line |= (
-                    numbers
-                    | dict(loss.cost(step))
-                    | _settings(loss, optimizers, step, steps)
-                    | {"gradient_norm": norm.item()}
-                )
-                line["tokens_per_second"] = float(line.pop("tokens", 0.0)) / (time.monotonic() - started)
-                log.write(line | ({"stopped": why} if why else {}), shown=("forget_loss", "retain_loss", "loss"))
+                numbers["tokens_per_second"] = numbers.pop("tokens", 0.0) / (time.monotonic() - started)
+                words = ({"phase": phase} if phase else {}) | ({"stopped": why} if why else {})
+                line = {"step": offset + step} | words | numbers | {"gradient_norm": norm.item()} | settings
+                log.write(line | dict(loss.cost(step)), shown=("forget_loss", "retain_loss", "loss"))
             done = steps if why else step + 1
             log.advance(done - step)
             if step == first:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from unlearn.config import RETAINS, RetainFlags
+from unlearn.config import RETAINS, SCHEDULED, RetainFlags
 from unlearn.errors import UserError
 from unlearn.flags import flag
 from unlearn.methods.retain import hold
@@ -29,7 +29,7 @@ class Flags(RetainFlags):
     """Standard deviation of the noise. Published: 0.02 in vision; a 6.9 B model bears about 0.01."""
     retain_coef: float | None = flag(1.0, above=0.0)
     """Weight of the retain loss."""
-    retain_start: float = flag(1.0, least=0.0, most=1.0, only=RETAINS)
+    retain_start: float = flag(1.0, least=0.0, most=1.0, only=(RETAINS, SCHEDULED))
     """Share of --retain-coef at the first step, from which it rises linearly. Published: 1."""
     retain_loss: Literal["kl", "next-token"] | None = flag(published="next-token", only=RETAINS)
     """next-token: cross-entropy of retain text (published); kl: KL(original || model) a token."""

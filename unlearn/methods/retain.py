@@ -3,7 +3,7 @@
 Shapes: N real tokens of a micro-batch, D hidden size, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from unlearn.batches import Rows
 from unlearn.config import RetainFlags
 from unlearn.losses import kl_divergence, l2_distance, next_token
-from unlearn.methods.terms import Cost, Needs, Numbers, OnStreams, Parts, Plain, Term, rising
+from unlearn.methods.terms import Cost, Hooks, Needs, Numbers, OnStreams, Parts, Plain, Term, rising
 from unlearn.model import Read, final_hidden, residual_streams, softcap, through_head
 
 
@@ -32,8 +32,34 @@ def hold(flags: RetainFlags, parts: Parts, layers: tuple[int, ...]) -> list[Term
         "mse": (by_streams(parts, layers, mean_square), streams),
         "next-token": (prediction(parts.model), Needs()),
     }[flags.retain_loss or "kl"]
-    weight = rising(flags.retain_coef, flags.retain_start)
-    return [Term("retain", parts.batches["retain"], cost, weight, needs)]
+    weight, hooks = rising(flags.retain_coef, flags.retain_start), Hooks()
+    if flags.retain_budget is not None and flags.retain_rate is not None:
+        dual = Dual(flags.retain_coef, flags.retain_budget, flags.retain_rate)
+        weight, hooks = dual.weight, Hooks(stop=dual.follow, state=dual.state)
+    return [Term("retain", parts.batches["retain"], cost, weight, needs, hooks)]
+
+
+class Dual:
+    """The weight of a retain loss that is to stay within a budget: w <- max(0, w + rate (R - budget)) after each step.
+
+    Dual ascent on min F subject to R <= budget (Entesari et al. 2025, https://arxiv.org/abs/2506.05314). A weight of 0
+    is held just above it, so that every step costs the same.
+    """
+
+    def __init__(self, start: float, budget: float, rate: float):
+        self._weight, self._budget, self._rate = torch.tensor(start, dtype=torch.float64), budget, rate
+
+    def weight(self, s: float) -> float:
+        """That of the next step."""
+        return self._weight.item()
+
+    def follow(self, done: int, numbers: Mapping[str, float]) -> None:
+        """Called with the numbers of each step, see `Hooks.stop`."""
+        self._weight.add_(self._rate * (numbers["retain_loss"] - self._budget)).clamp_(min=1e-12)
+
+    def state(self) -> dict[str, Tensor]:
+        """For checkpoints."""
+        return {"weight": self._weight}
 
 
 def mean_square(hidden: Tensor, reference: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from unlearn.batches import Rows
-from unlearn.config import RETAINS, LayerFlags, RetainFlags
+from unlearn.config import RETAINS, SCHEDULED, LayerFlags, RetainFlags
 from unlearn.flags import flag
 from unlearn.methods.retain import hold
 from unlearn.methods.terms import Cost, Needs, Numbers, OnStreams, Parts, Term
@@ -36,7 +36,7 @@ class Flags(LayerFlags, RetainFlags):
     """Weight a of the retain loss. Published: 1200."""
     retain_loss: Literal["kl", "l2", "mse", "next-token"] | None = flag(published="mse", only=RETAINS)
     """mse: mean square of the streams' difference (published); l2: their distance; kl, next-token: by predictions."""
-    retain_start: float = flag(1.0, least=0.0, most=1.0, only=RETAINS)
+    retain_start: float = flag(1.0, least=0.0, most=1.0, only=(RETAINS, SCHEDULED))
     """Share of --retain-coef at the first step, from which it rises linearly. Published: 1."""
     adam_lr: float | None = flag(5e-5, above=0.0)
     """Peak learning rate of AdamW. Published: 5e-5."""

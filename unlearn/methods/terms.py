@@ -117,25 +117,6 @@ class Needs:
 
 
 @dataclass(frozen=True)
-class Term:
-    """One term of a loss.
-
-    Attributes:
-        name: what the log calls it: `<name>_loss`.
-        batches: of its corpus.
-        cost: what one micro-batch costs; called with gradients enabled where the weight is not 0.
-        weight: of s, which rises from 0 at the first step to 1 at the last.
-        needs: for the plan of memory.
-    """
-
-    name: str
-    batches: Source
-    cost: Callable[[Rows], Cost]
-    weight: Callable[[float], float] = lambda s: 1.0
-    needs: Needs = Needs()
-
-
-@dataclass(frozen=True)
 class Hooks:
     """What a method does within an optimizer step beside its loss, alike on all ranks.
 
@@ -180,6 +161,27 @@ class Hooks:
             stop=None if self.stop is other.stop is None else stop,
             state=lambda: {**self.state(), **other.state()},
         )
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of a loss.
+
+    Attributes:
+        name: what the log calls it: `<name>_loss`.
+        batches: of its corpus.
+        cost: what one micro-batch costs; called with gradients enabled where the weight is not 0.
+        weight: of s, which rises from 0 at the first step to 1 at the last.
+        needs: for the plan of memory.
+        hooks: within the steps of its phase.
+    """
+
+    name: str
+    batches: Source
+    cost: Callable[[Rows], Cost]
+    weight: Callable[[float], float] = lambda s: 1.0
+    needs: Needs = Needs()
+    hooks: Hooks = Hooks()
 
 
 @dataclass(frozen=True)
