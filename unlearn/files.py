@@ -164,10 +164,15 @@ def temporary_name(folder: Path) -> Path:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON to a temporary name and rename it to `path`; NaN and infinity are refused."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write to a temporary name and rename it to `path`."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with writing(path):
-            temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
