@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 from conftest import tiny_model, tiny_tokenizer
 
-from unlearn import fit_lens, unlearning
+from unlearn import assemble, fit_lens
 from unlearn.config import TrainConfig
 from unlearn.corpus_texts import read_texts
 from unlearn.errors import UserError
@@ -160,7 +160,7 @@ def test_every_command_names_its_own_flag(tmp_path: Path, token_cache: Path) -> 
     bad = written(tmp_path / "bad.jsonl", jsonl({"text": "words", "title": 7}))
     model, tokenizer = str(tmp_path / "model"), tiny_tokenizer()
     calls = {
-        "--forget-column": lambda: unlearning._read(TrainConfig(forget=bad), tokenizer, "forget"),
+        "--forget-column": lambda: assemble._read(TrainConfig(forget=bad), tokenizer, "forget"),
         "--retain-column": lambda: fit_lens._read(FitLensConfig(model=model, output="x", forget=good, retain=bad)),
     }
     for flag, call in calls.items():

@@ -307,13 +307,16 @@ class Corpora(dict[str, Batches]):
 def mixed(corpora: Mapping[str, Corpus], examples: int, seed: int) -> Corpus:
     """As many windows of each corpus, `examples` of all: of each the first ones that it alone would give."""
     share = min(examples // len(corpora), *(len(part.windows) for part in corpora.values()))
-    windows = [
-        part.windows[index]
+    chosen = [
+        (part, index)
         for tag, part in corpora.items()
         for index in torch.randperm(len(part.windows), generator=generator(seed, tag, "choice"))[:share].tolist()
     ]
+    windows, masks = [part.windows[index] for part, index in chosen], None
+    if any(part.masks is not None for part in corpora.values()):
+        masks = [part.mask(index) for part, index in chosen]
     name = " and ".join(part.name for part in corpora.values())
-    return Corpus(name, documents=sum(part.documents for part in corpora.values()), windows=windows)
+    return Corpus(name, documents=sum(part.documents for part in corpora.values()), windows=windows, masks=masks)
 
 
 def _check_memory(config: TrainConfig, needs: Sequence[Needs], device: torch.device) -> Shape:
@@ -335,6 +338,8 @@ def _read(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, which: str) -
         column=getattr(config, f"{which}_column"),
         column_flag=f"--{which}-column",
         template=getattr(config, f"{which}_template"),
+        mask=config.forget_mask if which == "forget" else None,
+        context=config.forget_context,
     )
 
 

@@ -25,24 +25,23 @@ class Rows:
 
     Attributes:
         input_ids: int64 [B, S].
-        real: int64 [N], where the real tokens are among the B S. leading: int64 [M], where those are that have a next
-            token. As positions, not as masks, whose use would make the CPU wait for the GPU.
+        real: int64 [N], where the tokens that count are among the B S: all real ones, or those of --forget-mask.
+            leading: int64 [M], where those are whose next token counts. As positions, not as masks, whose use would
+            make the CPU wait for the GPU.
         keys: int64 [B], one number in 0..2**31-1 for each row, from (seed, step, window).
-        global_tokens, global_leading: real tokens of the global batch, over all micro-batches and ranks, and those
-            that have a next one.
+        tokens: real tokens, whether they count or not.
+        global_tokens, global_leading, global_sequences: N, M and windows of the global batch, over all micro-batches
+            and ranks.
     """
 
     input_ids: Tensor
     real: Tensor
     leading: Tensor
     keys: Tensor
+    tokens: int
     global_tokens: int
     global_leading: int
-
-    @property
-    def tokens(self) -> int:
-        """N, the number of real tokens."""
-        return self.real.shape[0]
+    global_sequences: int
 
     def at_real(self, values: Tensor) -> Tensor:
         """[B, S, ..] -> [N, ..]: the values at real tokens."""
@@ -83,11 +82,6 @@ class Rows:
     def lengths(self) -> Tensor:
         """float32 [B]: how many tokens of each sequence have a next one."""
         return self.of_sequence(torch.ones(self.leading.shape, device=self.leading.device))
-
-    @property
-    def global_sequences(self) -> int:
-        """Sequences of the global batch: each has one token without a next one."""
-        return self.global_tokens - self.global_leading
 
 
 class Batches:
@@ -147,9 +141,13 @@ class Batches:
         """Real tokens of one global batch."""
         return sum(len(self.corpus.windows[index]) for index in self.indices(step))
 
+    def counted(self, step: int) -> int:
+        """Tokens of one global batch that count."""
+        return sum(map(self.corpus.counted, self.indices(step)))
+
     def targets(self, step: int) -> int:
-        """Tokens of one global batch that have a next token."""
-        return self.tokens(step) - len(self.indices(step))
+        """Tokens of one global batch whose next token counts."""
+        return sum(map(self.corpus.predicted, self.indices(step)))
 
     def micro_batches(self, step: int, device: torch.device) -> Iterator[Rows]:
         """This rank's micro-batches of one global batch, equally many on every rank.
@@ -157,13 +155,15 @@ class Batches:
         A rank with nothing left gets rows without a real token: their forward and backward passes add zero, and a
         sharded model needs every rank in every pass.
         """
-        windows, planned = self.indices(step), self.plan(step)
+        windows, planned, masks = self.indices(step), self.plan(step), self.corpus.masks
+        counts = (self.counted(step), self.targets(step), len(windows))
         for first in range(0, len(planned), world_size()):
             turn = first + rank()
             part = planned[turn] if turn < len(planned) else []
             keys = [derive(self.seed, self.tag, step, position) for position in part]
             chosen = [self.corpus.windows[windows[position]] for position in part]
-            yield pad(chosen, keys, device, tokens=self.tokens(step), leading=self.targets(step))
+            which = None if masks is None else [masks[windows[position]] for position in part]
+            yield pad(chosen, which, keys, device, counts)
 
     def plan(self, step: int) -> list[list[int]]:
         """The micro-batches of one global batch, as positions in `indices(step)`; rank r takes numbers r, r + W, ...
@@ -185,11 +185,18 @@ class Batches:
         return planned
 
 
-def pad(windows: Sequence[np.ndarray], keys: Sequence[int], device: torch.device, *, tokens: int, leading: int) -> Rows:
+def pad(
+    windows: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray] | None,
+    keys: Sequence[int],
+    device: torch.device,
+    counts: tuple[int, int, int],
+) -> Rows:
     """Stack windows of different lengths, padded on the right with token 0; without any, one row of padding alone.
 
     Args:
-        tokens, leading: real tokens of the global batch, and those that have a next one.
+        masks: which tokens of each count; None: all.
+        counts: of the global batch, see `Rows`: N, M and windows.
     """
     longest = max((len(window) for window in windows), default=2)
     input_ids = torch.zeros(max(1, len(windows)), longest, dtype=torch.int64)
@@ -197,15 +204,18 @@ def pad(windows: Sequence[np.ndarray], keys: Sequence[int], device: torch.device
     keys = keys or [0]
     for row, window in enumerate(windows):
         input_ids[row, : len(window)] = torch.tensor(window)
-        real.append(torch.arange(row * longest, row * longest + len(window)))
-        followed.append(real[-1][:-1])
+        kept = torch.ones(len(window), dtype=torch.bool) if masks is None else torch.from_numpy(masks[row].copy())
+        real.append(row * longest + kept.nonzero()[:, 0])
+        followed.append(row * longest + kept[1:].nonzero()[:, 0])
     return Rows(
         input_ids.to(device),
         torch.cat(real).to(device),
         torch.cat(followed).to(device),
         torch.tensor(keys, dtype=torch.int64).to(device),
-        global_tokens=tokens,
-        global_leading=leading,
+        tokens=sum(map(len, windows)),
+        global_tokens=counts[0],
+        global_leading=counts[1],
+        global_sequences=counts[2],
     )
 
 

@@ -40,6 +40,7 @@ RETAINS = Only(lambda config: getattr(config, "retain_coef", 1.0) != 0.0, "with 
 MAY_RETAIN = Only(
     lambda config: any(hasattr(config, name) for name in ("retain_coef", "data", "reads_retain")), HAS_RETAIN.otherwise
 )
+MASKED = Only(lambda config: config.forget_mask is not None, "without --forget-mask")
 ON_FORGET = Only(lambda config: getattr(config, "on_forget", True), "with --no-on-forget")
 TAKES_FORGET = Only(lambda config: getattr(config, "data", "forget") != "retain", "with --data retain")
 TAKES_RETAIN = Only(lambda config: getattr(config, "data", "retain") != "forget", "with --data forget")
@@ -65,6 +66,11 @@ class CorpusFlags:
     forget_template: str | None = flag(only=(FORGETS, TAKES_FORGET, ON_FORGET))
     """Text of a forget document built from its columns, e.g. '{title}\\n\\n{abstract}\\n\\n{text}'; it names columns
     and nothing else."""
+    forget_mask: str | None = flag(only=(FORGETS, TAKES_FORGET, ON_FORGET))
+    """Regular expression for what counts of forget text, e.g. '(?i)pathogen|toxin': tokens that share a character with
+    a match. Reaches every forget loss; windows without a match are left out. Default: all of it."""
+    forget_context: int = flag(0, least=0, only=MASKED)
+    """Tokens before and after a match that count too."""
     retain: str = flag(RETAIN, only=(MAY_RETAIN, RETAINS, TAKES_RETAIN))
     """Retain corpus, in the same forms."""
     retain_column: str | None = flag(only=(MAY_RETAIN, RETAINS, TAKES_RETAIN))
