@@ -12,6 +12,7 @@ from unlearn.errors import run_command
 from unlearn.fit_config import FitLensConfig
 from unlearn.plan_config import PlanConfig
 from unlearn.run.signals import EarlyStop
+from unlearn.sample_config import SampleConfig
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,15 @@ def _commands() -> Any:
         | Annotated[planned, tyro.conf.subcommand("plan")]
         | Annotated[RealConfig, tyro.conf.subcommand("real")]
         | Annotated[ReportConfig, tyro.conf.subcommand("report")]
+        | Annotated[SampleConfig, tyro.conf.subcommand("sample")]
         | Annotated[WorldConfig, tyro.conf.subcommand("world")]
     )
 
 
 def main() -> None:
-    command: FitLensConfig | PlanConfig | RealConfig | ReportConfig | WorldConfig = parse_flags(_commands())
+    command: FitLensConfig | PlanConfig | RealConfig | ReportConfig | SampleConfig | WorldConfig = parse_flags(
+        _commands()
+    )
     if isinstance(command, FitLensConfig):
         with EarlyStop(command.output):
             from unlearn.fit_lens import fit_lens
@@ -73,6 +77,10 @@ def main() -> None:
         from launch.report import write_report
 
         write_report(command)
+    elif isinstance(command, SampleConfig):
+        from unlearn.sample import sample
+
+        sample(command)
     else:
         from unlearn.world.build import write_world
 
