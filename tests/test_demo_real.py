@@ -1,0 +1,48 @@
+"""The demo on a real model: its flags, its table, and that its commands are ones that the programs take."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import launch.demo_real
+from evals.attack.config import read_attacks
+from evals.eval_config import EvalConfig
+from launch.demo_real import METHODS, PROSE, TASKS, DemoRealConfig, table, unlearn
+from unlearn.config import config_of, named_method, parse_flags
+from unlearn.errors import UserError
+
+TASKS_FOLDER = Path(__file__).parent.parent / "evals/tasks/real"
+
+
+def test_wrong_methods_are_refused() -> None:
+    for methods in (("rmu", "magic"), ("rmu", "rmu"), ()):
+        with pytest.raises(UserError, match="expected --methods"):
+            DemoRealConfig(methods=methods)
+
+
+def test_tasks_are_there() -> None:
+    for task in (*TASKS, PROSE):
+        assert f"task: {task}\n" in (TASKS_FOLDER / f"{task}.yaml").read_text()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_programs_take_the_commands(method: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(launch.demo_real, "run", lambda _, command: commands.append(shlex.split(command)))
+    unlearn(DemoRealConfig(output=str(tmp_path)), tmp_path, method)
+    train, evaluate, attack = commands
+    assert [words[0] for words in commands] == ["train.py", "evals/run.py", "evals/tamper.py"]
+    assert parse_flags(config_of(named_method(train[1:])), train[1:]).steps == 30
+    assert parse_flags(EvalConfig, evaluate[1:]).subsample == 120
+    assert read_attacks(attack[1:]).split_by == "stated"
+
+
+def test_table_shows_stages_and_splits() -> None:
+    measured = {"acc": 0.5, "interval": [0.4, 0.6]}
+    tasks: dict[str, Any] = dict.fromkeys(TASKS, measured)
+    attacked = {TASKS[0]: measured, f"{TASKS[0]}/stated=False": {"acc": 0.25, "interval": [0.2, 0.3]}}
+    lines = table({"before": {"tasks": tasks, "bits_per_byte": 1.25}, "attacked": {"tasks": attacked}}).splitlines()
+    assert lines[1].count("50.0 [40.0, 60.0]") == 4 and lines[1].endswith("1.250")
+    assert lines[2].count("50.0 [40.0, 60.0]") == 1 and lines[2].count("25.0 [20.0, 30.0]") == 1
