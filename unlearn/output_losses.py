@@ -69,7 +69,8 @@ def lowered(target: Target, tokens: Tensor, by: float) -> Target:
 
     def chunk(part: slice) -> Tensor:
         logits = target(part)
-        return logits.scatter_add_(1, tokens[part, None], torch.full_like(logits[:, :1], -by))
+        logits[torch.arange(logits.shape[0], device=logits.device), tokens[part]] -= by
+        return logits
 
     return chunk
 

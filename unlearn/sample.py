@@ -23,7 +23,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unlearn.distributed import fail_together, from_main, gather, is_main, process_group, rank, world_size
@@ -31,6 +30,7 @@ from unlearn.errors import UserError
 from unlearn.files import files_hash, sync, writing
 from unlearn.model import load_model, load_tokenizer
 from unlearn.precision import DTYPES
+from unlearn.progress import progress
 from unlearn.run.folder import output_folder
 from unlearn.run.lock import locked
 from unlearn.sample_config import SampleConfig
@@ -38,6 +38,7 @@ from unlearn.seeding import generator
 from unlearn.weights import Checkpoint
 
 Row = dict[str, Any]  # a text, its index and its number of sampled tokens
+UNIT = 1 << 40  # a probability of 1, as a whole number
 FREE = ("output", "overwrite", "device")  # flags that leave the texts as they are
 
 
@@ -132,10 +133,11 @@ def draw(logits: Tensor, numbers: Tensor, temperature: float, top_p: float) -> T
         https://arxiv.org/abs/1904.09751).
     """
     probability, token = (logits.float() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
-    reached = probability.double().cumsum(-1)  # [B, V]
-    kept = (reached - probability < top_p).sum(-1, keepdim=True)  # [B, 1], at least 1
+    shares = (probability.double() * UNIT).round().long()  # whole numbers: a GPU adds others up in no fixed order
+    reached = shares.cumsum(-1)  # [B, V]
+    kept = (reached - shares < top_p * UNIT).sum(-1, keepdim=True)  # [B, 1], at least 1
     whole = reached.gather(1, kept - 1)
-    place = torch.searchsorted(reached, numbers[:, None] * whole, right=True).clamp(max=kept - 1)
+    place = torch.searchsorted(reached, (numbers[:, None] * whole).long(), right=True).clamp(max=kept - 1)
     return token.gather(1, place)[:, 0]
 
 
@@ -156,7 +158,7 @@ def _write_batches(config: SampleConfig, partial: Path, done: int, write: Callab
     """Write the batches from `done` on, one a rank at a time; rank 0 appends them in order."""
     batches = -(-config.examples // config.batch)
     before = min(done * config.batch, config.examples)
-    with tqdm(total=config.examples, initial=before, desc="sampling", unit="text", disable=not is_main()) as bar:
+    with progress(config.examples, "sampling", "text", initial=before, leave=True) as bar:
         for first in range(done, batches, world_size()):
             own = first + rank()
             rows: list[Row] = []

@@ -63,7 +63,7 @@ def pruned(matrix: Tensor, original: Tensor | None = None, *, share: float) -> T
     count = int(share * matrix.numel())
     if count == 0:
         return matrix
-    smallest = matrix.abs().flatten().kthvalue(count).values
+    smallest = matrix.abs().flatten().sort().values[count - 1]  # kthvalue has no deterministic kernel on a GPU
     return torch.where(matrix.abs() > smallest, matrix, 0.0)
 
 
