@@ -27,7 +27,7 @@ PROSE = "real_prose"
 CONTROL = "next-token"  # trained on retain text alone: what training does that unlearns nothing
 # What the flags mean is in `train.py --help`.
 METHODS = {
-    "rmu": "--layers 10 --steering 130 --retain-coef 10 --adam-lr 1e-3",
+    "rmu": "--layers 10 --steering 130 --retain-coef 10 --adam-lr 5e-3",
     "circuit-breakers": "--layers 10 20 --remove-coef 10 --retain-coef 1 --retain-loss kl --adam-lr 1e-3",
     CONTROL: "--data retain --adam-lr 1e-3",
 }
@@ -90,7 +90,7 @@ def unlearn(config: DemoRealConfig, folder: Path, method: str) -> None:
         f"train.py --method {method} --model {place}/world/model {corpora} {METHODS[method]} {SHARED} "
         f"--steps {config.steps} --seed {config.seed} --output {place}/{method}",
     )
-    measure(config, folder, f"after-{method}", f"{place}/{method}/model", f" --baseline {place}/before")
+    measure(config, folder, f"after-{method}", f"{place}/{method}/model")
     run(
         config.ranks,
         f"evals/tamper.py --model {place}/{method}/model --forget {place}/world/corpora/attack.jsonl "
@@ -101,15 +101,15 @@ def unlearn(config: DemoRealConfig, folder: Path, method: str) -> None:
     )
 
 
-def measure(config: DemoRealConfig, folder: Path, name: str, model: str, more: str = "") -> None:
+def measure(config: DemoRealConfig, folder: Path, name: str, model: str) -> None:
     """Evaluate one model on the test questions and on prose that no corpus has."""
-    if (folder / name).is_dir():
+    if any((folder / name).rglob("results_*.json")):
         return
     place = shlex.quote(config.output)
     run(
         config.ranks,
         f"evals/run.py --model {model} --tasks {' '.join(TASKS)} {PROSE} --data-dir {place}/world/data "
-        f"--subsample {config.questions} --out {place}/{name}{more}",
+        f"--subsample {config.questions} --out {place}/{name}",
     )
 
 
