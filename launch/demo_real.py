@@ -1,4 +1,4 @@
-"""A real pretrained model without a hub, by the commands that a user types: unlearn the countries with several methods,
+"""A real pretrained model without a hub, by the commands that a user types: unlearn the countries, beside a control,
 measure before and after, attack each result, report.
 
     python launch/demo_real.py
@@ -25,10 +25,9 @@ DOMAINS = ("countries", "cities", "nature", "words")  # the first is forgotten, 
 TASKS = tuple(f"real_{domain}_cloze" for domain in DOMAINS)
 PROSE = "real_prose"
 CONTROL = "next-token"  # trained on retain text alone: what training does that unlearns nothing
-# What the flags mean is in `train.py --help`.
+# Chosen on development questions; what the flags mean is in `train.py --help`.
 METHODS = {
     "rmu": "--layers 10 --steering 130 --retain-coef 10 --adam-lr 5e-3",
-    "circuit-breakers": "--layers 10 20 --remove-coef 10 --retain-coef 1 --retain-loss kl --adam-lr 1e-3",
     CONTROL: "--data retain --adam-lr 1e-3",
 }
 SHARED = "--lora-rank 16 --lora-dropout 0 --batch 8 --micro-batch 8 --seq-len 128 --no-checkpoint-activations"
@@ -37,12 +36,12 @@ ATTACK = "--lora-rank 16 --adam-lr 1e-3 --batch 8 --micro-batch 8 --seq-len 128 
 
 @dataclass(frozen=True)
 class DemoRealConfig:
-    """Unlearn what a real pretrained model knows of countries, with several methods; measure, attack, report."""
+    """Unlearn what a real pretrained model knows of countries, beside a control; measure, attack, report."""
 
     output: str = "runs/demo-real"
     """Folder for everything the demo makes."""
     methods: tuple[str, ...] = tuple(METHODS)
-    """Of rmu, circuit-breakers, and next-token on the retain text as control."""
+    """Of rmu, and next-token on the retain text as control."""
     steps: int = flag(30, least=1)
     """Optimizer steps of unlearning: 8 windows of forget text, and 8 of retain text, each."""
     attack_steps: int = flag(20, least=1)
