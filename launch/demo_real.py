@@ -46,7 +46,7 @@ class DemoRealConfig:
     """Optimizer steps of unlearning: 8 windows of forget text, and 8 of retain text, each."""
     attack_steps: int = flag(20, least=1)
     """Optimizer steps of the attack."""
-    questions: int = flag(120, least=1)
+    questions: int = flag(100, least=1)
     """Test questions of each domain, the same ones every time."""
     ranks: int = flag(1, least=1)
     """Processes; above 1 the commands run through torchrun."""

@@ -35,7 +35,7 @@ def test_programs_take_the_commands(method: str, monkeypatch: pytest.MonkeyPatch
     train, evaluate, attack = commands
     assert [words[0] for words in commands] == ["train.py", "evals/run.py", "evals/tamper.py"]
     assert parse_flags(config_of(named_method(train[1:])), train[1:]).steps == 30
-    assert parse_flags(EvalConfig, evaluate[1:]).subsample == 120
+    assert parse_flags(EvalConfig, evaluate[1:]).subsample == 100
     assert read_attacks(attack[1:]).split_by == "stated"
 
 
