@@ -18,12 +18,13 @@ from typing import Any
 from launch.demo import cell, report, results, run
 from unlearn.config import parse_flags
 from unlearn.errors import UserError, run_command
-from unlearn.files import write_json
+from unlearn.files import write_json, writing
 from unlearn.flags import flag, settle
 
 DOMAINS = ("countries", "cities", "nature", "words")  # the first is forgotten, the second its neighbour
 TASKS = tuple(f"real_{domain}_cloze" for domain in DOMAINS)
 PROSE = "real_prose"
+CLAIM = "demo-real.json"  # the flags that a demo's numbers depend on
 CONTROL = "next-token"  # trained on retain text alone: what training does that unlearns nothing
 # Chosen on development questions; what the flags mean is in `train.py --help`.
 METHODS = {
@@ -67,6 +68,7 @@ def main() -> None:
     started, folder = time.monotonic(), Path(config.output)
     place = shlex.quote(config.output)
     world = f"{place}/world"
+    claim(config, folder)
     if not (folder / "world").is_dir():
         run(1, f"-m unlearn real --output {world}")
     measure(config, folder, "before", f"{world}/model")
@@ -77,6 +79,26 @@ def main() -> None:
     write_json(folder / "summary.json", summary)
     print("\n" + table(summary))
     print(f"\nin {time.monotonic() - started:.0f} s; the numbers are in {folder / 'summary.json'}")
+
+
+def claim(config: DemoRealConfig, folder: Path) -> None:
+    """Take a new folder, or go on in that of an earlier demo with the same flags but for --methods and --ranks.
+
+    Raises:
+        UserError: it holds something else, or a demo with other flags, whose numbers would stand beside the new ones.
+    """
+    flags = {name: getattr(config, name) for name in ("steps", "attack_steps", "questions", "seed")}
+    if not (folder / CLAIM).is_file():
+        if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+            raise UserError(f"expected a new folder or an earlier demo's for --output; found other files in {folder}")
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / CLAIM, flags)
+    found = json.loads((folder / CLAIM).read_text(encoding="utf-8"))
+    if found != flags:
+        raise UserError(
+            f"expected the flags of the demo in {folder}, {found}; found {flags}: give its flags, or another --output"
+        )
 
 
 def unlearn(config: DemoRealConfig, folder: Path, method: str) -> None:
