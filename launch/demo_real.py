@@ -1,4 +1,4 @@
-"""A real pretrained model without a hub, by the commands that a user types: unlearn the countries with several methods,
+"""A real pretrained model without a hub, by the commands that a user types: unlearn the countries, beside a control,
 measure before and after, attack each result, report.
 
     python launch/demo_real.py
@@ -18,17 +18,17 @@ from typing import Any
 from launch.demo import cell, report, results, run
 from unlearn.config import parse_flags
 from unlearn.errors import UserError, run_command
-from unlearn.files import write_json
+from unlearn.files import write_json, writing
 from unlearn.flags import flag, settle
 
 DOMAINS = ("countries", "cities", "nature", "words")  # the first is forgotten, the second its neighbour
 TASKS = tuple(f"real_{domain}_cloze" for domain in DOMAINS)
 PROSE = "real_prose"
+CLAIM = "demo-real.json"  # the flags that a demo's numbers depend on
 CONTROL = "next-token"  # trained on retain text alone: what training does that unlearns nothing
-# What the flags mean is in `train.py --help`.
+# Chosen on development questions; what the flags mean is in `train.py --help`.
 METHODS = {
-    "rmu": "--layers 10 --steering 130 --retain-coef 10 --adam-lr 1e-3",
-    "circuit-breakers": "--layers 10 20 --remove-coef 10 --retain-coef 1 --retain-loss kl --adam-lr 1e-3",
+    "rmu": "--layers 10 --steering 130 --retain-coef 10 --adam-lr 5e-3",
     CONTROL: "--data retain --adam-lr 1e-3",
 }
 SHARED = "--lora-rank 16 --lora-dropout 0 --batch 8 --micro-batch 8 --seq-len 128 --no-checkpoint-activations"
@@ -37,17 +37,17 @@ ATTACK = "--lora-rank 16 --adam-lr 1e-3 --batch 8 --micro-batch 8 --seq-len 128 
 
 @dataclass(frozen=True)
 class DemoRealConfig:
-    """Unlearn what a real pretrained model knows of countries, with several methods; measure, attack, report."""
+    """Unlearn what a real pretrained model knows of countries, beside a control; measure, attack, report."""
 
     output: str = "runs/demo-real"
     """Folder for everything the demo makes."""
     methods: tuple[str, ...] = tuple(METHODS)
-    """Of rmu, circuit-breakers, and next-token on the retain text as control."""
+    """Of rmu, and next-token on the retain text as control."""
     steps: int = flag(30, least=1)
     """Optimizer steps of unlearning: 8 windows of forget text, and 8 of retain text, each."""
     attack_steps: int = flag(20, least=1)
     """Optimizer steps of the attack."""
-    questions: int = flag(120, least=1)
+    questions: int = flag(100, least=1)
     """Test questions of each domain, the same ones every time."""
     ranks: int = flag(1, least=1)
     """Processes; above 1 the commands run through torchrun."""
@@ -68,6 +68,7 @@ def main() -> None:
     started, folder = time.monotonic(), Path(config.output)
     place = shlex.quote(config.output)
     world = f"{place}/world"
+    claim(config, folder)
     if not (folder / "world").is_dir():
         run(1, f"-m unlearn real --output {world}")
     measure(config, folder, "before", f"{world}/model")
@@ -80,6 +81,26 @@ def main() -> None:
     print(f"\nin {time.monotonic() - started:.0f} s; the numbers are in {folder / 'summary.json'}")
 
 
+def claim(config: DemoRealConfig, folder: Path) -> None:
+    """Take a new folder, or go on in that of an earlier demo with the same flags but for --methods and --ranks.
+
+    Raises:
+        UserError: it holds something else, or a demo with other flags, whose numbers would stand beside the new ones.
+    """
+    flags = {name: getattr(config, name) for name in ("steps", "attack_steps", "questions", "seed")}
+    if not (folder / CLAIM).is_file():
+        if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+            raise UserError(f"expected a new folder or an earlier demo's for --output; found other files in {folder}")
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / CLAIM, flags)
+    found = json.loads((folder / CLAIM).read_text(encoding="utf-8"))
+    if found != flags:
+        raise UserError(
+            f"expected the flags of the demo in {folder}, {found}; found {flags}: give its flags, or another --output"
+        )
+
+
 def unlearn(config: DemoRealConfig, folder: Path, method: str) -> None:
     """Train with one method, measure, attack; what is there already is not done again."""
     place = shlex.quote(config.output)
@@ -90,7 +111,7 @@ def unlearn(config: DemoRealConfig, folder: Path, method: str) -> None:
         f"train.py --method {method} --model {place}/world/model {corpora} {METHODS[method]} {SHARED} "
         f"--steps {config.steps} --seed {config.seed} --output {place}/{method}",
     )
-    measure(config, folder, f"after-{method}", f"{place}/{method}/model", f" --baseline {place}/before")
+    measure(config, folder, f"after-{method}", f"{place}/{method}/model")
     run(
         config.ranks,
         f"evals/tamper.py --model {place}/{method}/model --forget {place}/world/corpora/attack.jsonl "
@@ -101,15 +122,15 @@ def unlearn(config: DemoRealConfig, folder: Path, method: str) -> None:
     )
 
 
-def measure(config: DemoRealConfig, folder: Path, name: str, model: str, more: str = "") -> None:
+def measure(config: DemoRealConfig, folder: Path, name: str, model: str) -> None:
     """Evaluate one model on the test questions and on prose that no corpus has."""
-    if (folder / name).is_dir():
+    if any((folder / name).rglob("results_*.json")):
         return
     place = shlex.quote(config.output)
     run(
         config.ranks,
         f"evals/run.py --model {model} --tasks {' '.join(TASKS)} {PROSE} --data-dir {place}/world/data "
-        f"--subsample {config.questions} --out {place}/{name}{more}",
+        f"--subsample {config.questions} --out {place}/{name}",
     )
 
 

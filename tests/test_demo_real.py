@@ -9,7 +9,7 @@ import pytest
 import launch.demo_real
 from evals.attack.config import read_attacks
 from evals.eval_config import EvalConfig
-from launch.demo_real import METHODS, PROSE, TASKS, DemoRealConfig, table, unlearn
+from launch.demo_real import METHODS, PROSE, TASKS, DemoRealConfig, claim, table, unlearn
 from unlearn.config import config_of, named_method, parse_flags
 from unlearn.errors import UserError
 
@@ -20,6 +20,17 @@ def test_wrong_methods_are_refused() -> None:
     for methods in (("rmu", "magic"), ("rmu", "rmu"), ()):
         with pytest.raises(UserError, match="expected --methods"):
             DemoRealConfig(methods=methods)
+
+
+def test_numbers_of_other_flags_never_stand_beside_each_other(tmp_path: Path) -> None:
+    claim(DemoRealConfig(), tmp_path / "demo")
+    claim(DemoRealConfig(methods=("rmu",), ranks=2), tmp_path / "demo")
+    with pytest.raises(UserError, match="expected the flags of the demo"):
+        claim(DemoRealConfig(questions=50), tmp_path / "demo")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="found other files"):
+        claim(DemoRealConfig(), tmp_path / "other")
 
 
 def test_tasks_are_there() -> None:
@@ -35,7 +46,7 @@ def test_programs_take_the_commands(method: str, monkeypatch: pytest.MonkeyPatch
     train, evaluate, attack = commands
     assert [words[0] for words in commands] == ["train.py", "evals/run.py", "evals/tamper.py"]
     assert parse_flags(config_of(named_method(train[1:])), train[1:]).steps == 30
-    assert parse_flags(EvalConfig, evaluate[1:]).subsample == 120
+    assert parse_flags(EvalConfig, evaluate[1:]).subsample == 100
     assert read_attacks(attack[1:]).split_by == "stated"
 
 

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from importlib import metadata
 from pathlib import Path
@@ -207,3 +209,18 @@ def test_written_model_loads_plainly_and_knows_a_capital(tmp_path: Path) -> None
     assert not hasattr(model.config, "quantization_config")
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     assert tokenizer.decode(model(**prompt).logits[0, -1].argmax()) == " Paris"
+
+
+@pytest.mark.parametrize("command", ["real", "sample"])
+def test_help_imports_nothing_heavy(command: str) -> None:
+    """A second is enough for it: neither torch nor transformers is loaded."""
+    code = (
+        "import sys\n"
+        f"sys.argv = ['unlearn', {command!r}, '--help']\n"
+        "from unlearn.__main__ import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "assert not {'torch', 'transformers', 'pyarrow'} & set(sys.modules)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "--output" in result.stdout
