@@ -204,9 +204,9 @@ def pad(
     keys = keys or [0]
     for row, window in enumerate(windows):
         input_ids[row, : len(window)] = torch.tensor(window)
-        kept = torch.ones(len(window), dtype=torch.bool) if masks is None else torch.from_numpy(masks[row].copy())
-        real.append(row * longest + kept.nonzero()[:, 0])
-        followed.append(row * longest + kept[1:].nonzero()[:, 0])
+        every = torch.arange(row * longest, row * longest + len(window))
+        real.append(every if masks is None else every[np.flatnonzero(masks[row])])
+        followed.append(every[:-1] if masks is None else every[np.flatnonzero(masks[row][1:])])
     return Rows(
         input_ids.to(device),
         torch.cat(real).to(device),
