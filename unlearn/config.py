@@ -127,7 +127,7 @@ class ResumeFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(CorpusFlags, ResumeFlags, DeviceFlags, FilterFlags, BudgetFlags):
+class TrainConfig(BudgetFlags, FilterFlags, CorpusFlags, ResumeFlags, DeviceFlags):
     """Change a model by a method: the flags that all methods share. `config_of` adds those of the chosen one."""
 
     method: Literal[METHODS] = "lens"  # type: ignore[valid-type]
