@@ -92,6 +92,7 @@ def test_an_attack_may_be_of_any_kind() -> None:
         ({"control": ("a=x", "a=y")}, "found 'a' twice"),
         ({"control": ("unlearned=x",)}, "found 'unlearned' twice"),
         ({"control": ("original=x",), "reference": "y"}, "--reference has no effect beside --control original"),
+        ({"stop_at": ("wmdp_bio=0.3",)}, "--stop-at has no effect on an attack"),
         ({"limit": 3, "eval_subsample": 3}, "--limit has no effect beside --eval-subsample"),
     ],
     ids=str,

@@ -100,7 +100,10 @@ class TamperConfig(TrainConfig):
         for name in set.intersection(*map(self._unused, self.attacks)) if self.grid else ():
             raise UserError(f"{spelled(name)} has no effect at any point of --grid: leave it out")
         for name in self.attacks:
-            _check_text(self.run(self.subjects()[0], name))
+            run = self.run(self.subjects()[0], name)
+            _check_text(run)
+            if run.stop_at:
+                raise UserError("--stop-at has no effect on an attack, whose curve has every step: leave it out")
 
     @cached_property
     def attacks(self) -> dict[str, Point]:
