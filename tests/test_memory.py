@@ -105,6 +105,7 @@ OUTPUTS = {
     "npo": (4, {}),
     "undial": (2, {"lora_rank": 8}),
     "wga": (4, {}),
+    "idk": (4, {}),
     "ignorant-teacher": (4, {}),
     "distill": (1, {}),
     "distort": (4, {}),

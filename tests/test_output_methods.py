@@ -18,6 +18,7 @@ from unlearn.assemble import Unlearning, build
 from unlearn.config import configure
 from unlearn.errors import UserError
 from unlearn.lora import adapters
+from unlearn.methods.idk import pairs
 from unlearn.model import load_model, save_model
 from unlearn.trainer import gradients
 from unlearn.weights import local_rows
@@ -71,6 +72,15 @@ def ignorant_teacher(model: Logits, original: Logits, ids: Tensor, flags: Any, r
     return kl(original(ids).log_softmax(-1) + flags.eta * (behind[0] - behind[1]), model(ids))
 
 
+def idk(model: Logits, original: Logits, ids: Tensor, flags: Any, run: Unlearning) -> Tensor:
+    first = min(flags.prompt, len(ids) // 2)
+    refusal = torch.tensor(run.tokenizer(flags.refusals[0])["input_ids"])
+    ratios = []
+    for text in (torch.cat([ids[:first], refusal]), ids):
+        ratios.append((nll(original, text) - nll(model, text))[first - 1 :].sum())  # log p / p0 behind the prompt
+    return -2 / flags.beta * logsigmoid(flags.beta * (ratios[0] - ratios[1]))[None]
+
+
 def kl(target: Tensor, logits: Tensor) -> Tensor:
     q = target.softmax(-1)
     return (q * (target.log_softmax(-1) - logits.log_softmax(-1))).sum(-1)
@@ -87,6 +97,7 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "npo": ("npo", npo, {"beta": 0.3}),
     "simnpo": ("simnpo", simnpo, {"margin": 0.4}),
     "undial": ("undial", undial, {"retain_coef": 0.5}),
+    "idk": ("idk", idk, {"prompt": 5, "beta": 0.3, "refusals": (" arsenic barium",)}),
     "from-uniform": ("max-entropy", max_entropy, {}),
     "to-uniform, top": ("max-entropy", max_entropy, {"divergence": "to-uniform", "top": 7}),
     "from-uniform, top": ("max-entropy", max_entropy, {"top": 7}),
@@ -162,7 +173,35 @@ def test_accumulation_changes_nothing(home: Path, inputs: Path, name: str) -> No
         assert (found[1][1][key] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, key
 
 
-@pytest.mark.parametrize("name", ["npo", "undial", "contrast"])
+@pytest.mark.parametrize("name", ["idk", "contrast"])
+def test_dropout_is_the_same_in_any_micro_batch(home: Path, inputs: Path, name: str) -> None:
+    """Both put other rows through the model than the trainer has named."""
+    found = []
+    for size in (1, 6):
+        run = assembled(home, name, inputs, micro_batch=size, lora_rank=2, lora_dropout=0.5)
+        run.model.train()
+        numbers = gradients(run.model, run.loss, LAST, LAST + 1)
+        found.append(numbers["forget_loss"])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
+def test_refusals_are_drawn_by_the_seed(home: Path, inputs: Path) -> None:
+    """Each window has its own, in whatever micro-batch it comes."""
+    drawn = []
+    for size in (1, 6):
+        run = assembled(home, "idk", inputs, micro_batch=size)
+        texts = [torch.tensor([300 + number]) for number in range(3)]
+        found = {}
+        for rows in run.parts.batches["forget"].micro_batches(0, CPU):
+            both, count = pairs(rows, texts, 5), rows.input_ids.shape[0]
+            for row in range(count):
+                window = tuple(token for token in rows.input_ids[row].tolist() if token)
+                found[window] = [token for token in both.input_ids[count + row].tolist() if token >= 300]
+        drawn.append(found)
+    assert drawn[0] == drawn[1] and len({tuple(texts) for texts in drawn[0].values()}) > 1
+
+
+@pytest.mark.parametrize("name", ["npo", "undial", "contrast", "idk"])
 def test_the_original_of_lora_is_the_model_without_it(home: Path, inputs: Path, name: str) -> None:
     """Adapters that do nothing leave every method at the loss of the model itself."""
     run = assembled(home, name, inputs, lora_rank=2)
@@ -180,6 +219,8 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
     "top of one": ("max-entropy", {"top": 1}, "--top to be 2 or more; found 1"),
     "beta": ("npo", {"beta": 0.0}, "--beta to be a number above 0; found 0"),
     "teacher": ("ignorant-teacher", {"teacher": "m", "eta": 3.0}, "--eta has no effect with --teacher"),
+    "no refusals": ("idk", {"refusals": ("",)}, "--refusals to be texts, none of them empty"),
+    "masked": ("idk", {"forget_mask": "a"}, "--forget-mask has no effect with --method idk"),
     "prefix": ("ignorant-teacher", {"novice": ""}, "--novice to be a text of one token or more; found ''"),
 }
 

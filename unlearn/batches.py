@@ -29,7 +29,7 @@ class Rows:
             leading: int64 [M], where those are whose next token counts. As positions, not as masks, whose use would
             make the CPU wait for the GPU.
         keys: int64 [B], one number in 0..2**31-1 for each row, from (seed, step, window).
-        tokens: real tokens, whether they count or not.
+        sizes, seeds: real tokens of each row, whether they count or not, and its key; known without asking the GPU.
         global_tokens, global_leading, global_sequences: N, M and windows of the global batch, over all micro-batches
             and ranks.
     """
@@ -38,10 +38,16 @@ class Rows:
     real: Tensor
     leading: Tensor
     keys: Tensor
-    tokens: int
+    sizes: tuple[int, ...]
+    seeds: tuple[int, ...]
     global_tokens: int
     global_leading: int
     global_sequences: int
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens, whether they count or not."""
+        return sum(self.sizes)
 
     def at_real(self, values: Tensor) -> Tensor:
         """[B, S, ..] -> [N, ..]: the values at real tokens."""
@@ -212,7 +218,8 @@ def pad(
         torch.cat(real).to(device),
         torch.cat(followed).to(device),
         torch.tensor(keys, dtype=torch.int64).to(device),
-        tokens=sum(map(len, windows)),
+        sizes=tuple(map(len, windows)) or (0,),
+        seeds=tuple(keys),
         global_tokens=counts[0],
         global_leading=counts[1],
         global_sequences=counts[2],

@@ -135,7 +135,7 @@ def terms(config: TrainConfig, shape: Shape, layout: Layout, needs: Sequence[Nee
     if not _is_sharded(config, layout) and config.lora_rank == 0 and compute != 4:
         result["weights as autocast rounds them"] = shape.trained * compute  # it keeps those of trained ones
     result["activations"] = _activations(config, shape, needs) * compute
-    block, vocabulary = one_block(config, shape, layout), _vocabulary(config, shape, layout, needs)
+    block, vocabulary = one_block(config, shape, layout, needs), _vocabulary(config, shape, layout, needs)
     return result | max(block, vocabulary, key=lambda moment: sum(moment.values()))
 
 
@@ -180,8 +180,8 @@ def reads_original(config: TrainConfig, needs: Sequence[Needs]) -> bool:
 def _activations(config: TrainConfig, shape: Shape, needs: Sequence[Needs]) -> float:
     """Numbers that one micro-batch keeps for its backward pass: what blocks keep, and the original's streams."""
     kept = 1 if config.checkpoint_activations else KEPT[config.lora_rank > 0]
-    most = max((kept * differentiated(term, shape) + term.kept for term in needs), default=0)
-    return float(micro_tokens(config) * shape.hidden * (most + 3))
+    most = max((term.width * (kept * differentiated(term, shape) + term.kept + 3) for term in needs), default=3.0)
+    return float(micro_tokens(config) * shape.hidden * most)
 
 
 def reach(term: Needs, shape: Shape) -> int:
@@ -194,11 +194,12 @@ def differentiated(term: Needs, shape: Shape) -> int:
     return max(0, reach(term, shape) - max(0, shape.lowest))
 
 
-def one_block(config: TrainConfig, shape: Shape, layout: Layout) -> dict[str, float]:
+def one_block(config: TrainConfig, shape: Shape, layout: Layout, needs: Sequence[Needs]) -> dict[str, float]:
     """Bytes of one block's backward pass: its recomputation, and the weights that FSDP2 has gathered for it."""
     compute = DTYPE_BYTES[config.dtype]
     kept = RECOMPUTED[config.lora_rank > 0] if config.checkpoint_activations else 8
-    result = {"one block's backward pass": float(kept * micro_tokens(config) * shape.hidden * compute)}
+    tokens = micro_tokens(config) * max((term.width for term in needs), default=1.0)
+    result = {"one block's backward pass": float(kept * tokens * shape.hidden * compute)}
     if _is_sharded(config, layout):
         gradient = 0 if config.lora_rank else compute + 4  # as computed, and in float32 for the reduction
         result["gathered blocks"] = float(shape.block * 2 * compute + shape.trained_block * gradient)

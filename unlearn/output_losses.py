@@ -112,12 +112,14 @@ def sequence_loss(
 
     Args:
         hidden, unembedding: [M, D] at `rows.leading`, and [V, D]; differentiable in both.
-        loss: of next-token losses summed over each sequence, float32 [B] -> [B], each of its own alone.
+        loss: of next-token losses summed over each sequence, float32 [B] -> [B]; or fewer, of pairs, the first of which
+            is the sequence that counts.
     """
     summed = sequence_losses(hidden, unembedding, rows, softcap).requires_grad_()
     with torch.enable_grad():
-        there = (rows.lengths() > 0).float()  # a row of padding alone is no sequence
-        share = (there * loss(summed)).sum() / rows.global_sequences
+        losses = loss(summed)
+        there = (rows.lengths()[: len(losses)] > 0).float()  # a row of padding alone is no sequence
+        share = (there * losses).sum() / rows.global_sequences
     slopes = torch.autograd.grad(share, summed)[0]
     weights = slopes[rows.leading_row_of()]
     moved, _ = next_token(hidden, unembedding, rows.next_ids(), weights, softcap=softcap)

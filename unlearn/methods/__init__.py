@@ -21,6 +21,7 @@ METHODS = (
     "npo",
     "simnpo",
     "undial",
+    "idk",
     "max-entropy",
     "ignorant-teacher",
     "distill",

@@ -88,6 +88,7 @@ class Needs:
         deepest: the deepest residual stream that it reads; None if it reads the unembedding above all of them.
         original: whether it runs the original too. kept: how many of its residual streams [B, S, D] it keeps. apart:
             whether it reads the original's logits, if it does, at another time than the model's.
+        width: tokens that it puts through the model at once, padding included, for each of a micro-batch.
         bytes: of what it holds over the whole run beside the models, computed in the run's dtype.
         teacher: parameters of a teacher, if it asks for one.
         flops: floating-point operations a token beside the models'.
@@ -99,6 +100,7 @@ class Needs:
     original: bool = False
     kept: int = 0
     apart: bool = False
+    width: float = 1.0
     bytes: float = 0.0
     flops: float = 0.0
     teacher: int = 0
