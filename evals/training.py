@@ -1,11 +1,10 @@
 """A run of train.py's flags inside a process: trained, measured on the live model, exported."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +13,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from evals.evaluation import Evaluation
 from evals.judge.summary import summarise, write_summary
 from unlearn.assemble import Unlearning, announce, assemble, fill_models
-from unlearn.budget import MEASURED
 from unlearn.config import TrainConfig
 from unlearn.cost import CpuTime, Passes, peak_gib
 from unlearn.distributed import TIMEOUT, set_timeout
@@ -139,9 +137,8 @@ class Training:
     def _counting(self, phase: Phase) -> Hooks:
         """The hooks of a phase; where they end it, the steps that are left out are counted."""
         hooks = self.unlearning.hooks_of(phase)
-        tasks = {name: least for name, least in self.unlearning.config.budgets.items() if name not in MEASURED}
-        if tasks:
-            hooks = hooks.then(Hooks(stop=partial(self._accuracy_left, tasks)))
+        if self.unlearning.config.task_budgets:
+            hooks = hooks.then(Hooks(stop=self._accuracy_left))
         stop = hooks.stop
         if stop is None:
             return hooks
@@ -154,8 +151,9 @@ class Training:
 
         return dataclasses.replace(hooks, stop=counted)
 
-    def _accuracy_left(self, tasks: Mapping[str, float], done: int, numbers: dict[str, float]) -> str | None:
+    def _accuracy_left(self, done: int, numbers: dict[str, float]) -> str | None:
         """Which task has fallen below its least accuracy, in words; None if none has."""
+        tasks = self.unlearning.config.task_budgets
         if done % self.unlearning.config.stop_every:
             return None
         assert self.evaluation is not None, "the tasks are among --eval-tasks"

@@ -31,12 +31,18 @@ CPU = torch.device("cpu")
 METHODS = ("distill", "distort", "reset")
 
 
+def flags_of(home: Path, method: str, **flags: Any) -> dict[str, Any]:
+    """With the corpora that the method reads."""
+    found = settings(home, retain=str(home / "retain.jsonl"), **flags)
+    return {name: value for name, value in found.items() if (name, method) != ("forget", "distort")}
+
+
 def assembled(home: Path, method: str, **flags: Any) -> Unlearning:
-    return build(configure(method, **settings(home, retain=str(home / "retain.jsonl"), **flags)), CPU)
+    return build(configure(method, **flags_of(home, method, **flags)), CPU)
 
 
 def words(home: Path, output: Path, method: str, *more: object) -> list[object]:
-    flags = settings(home, retain=str(home / "retain.jsonl"), output=output)
+    flags = flags_of(home, method, output=output)
     named = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)]
     return ["--method", method, *named, *more]
 
@@ -192,3 +198,8 @@ def test_adapters_are_refused(home: Path, method: str) -> None:
 def test_mistakes_of_distillation(home: Path, flags: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         assembled(home, "distill", **flags)
+
+
+def test_distortion_reads_no_forget_text(home: Path) -> None:
+    with pytest.raises(UserError, match="--forget has no effect with --method distort"):
+        configure("distort", **settings(home, retain=str(home / "retain.jsonl")))

@@ -20,8 +20,6 @@ from unlearn.precision import Precision
 from unlearn.seeding import generator
 from unlearn.sharding import reshard
 
-MEASURED = ("kl", "loss")
-
 
 @dataclass(frozen=True)
 class Budget:
@@ -92,8 +90,7 @@ def budget_of(config: TrainConfig, parts: Parts, precision: Precision, frozen: S
     Raises:
         UserError: too few windows are left.
     """
-    most = {name: number for name, number in config.budgets.items() if name in MEASURED}
-    if not most:
+    if not config.damage_budgets:
         return None
     trained = parts.batches["retain"]
     free = sorted(set(range(len(trained.corpus.windows))) - set(trained.order))
@@ -114,4 +111,4 @@ def budget_of(config: TrainConfig, parts: Parts, precision: Precision, frozen: S
         micro_batch=config.micro_batch,
         micro_tokens=config.micro_tokens,
     )
-    return Budget(most, config.stop_every, held_out, parts, precision, frozen)
+    return Budget(config.damage_budgets, config.stop_every, held_out, parts, precision, frozen)

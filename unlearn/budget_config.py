@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from unlearn.errors import UserError
 from unlearn.flags import Only, flag
 
+MEASURED = ("kl", "loss")  # on held-out retain text; other budgets are of tasks
 STOPS = Only(lambda config: bool(config.stop_at), "without --stop-at")
-MEASURES = Only(lambda config: not config.budgets.keys().isdisjoint(("kl", "loss")), "without --stop-at kl or loss")
+MEASURES = Only(lambda config: bool(config.damage_budgets), "without --stop-at kl or loss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,15 +29,25 @@ class BudgetFlags:
         """Each budget by its name."""
         return {name: float(most) for name, _, most in (word.partition("=") for word in self.stop_at)}
 
+    @property
+    def damage_budgets(self) -> dict[str, float]:
+        """Those of damage on held-out retain text."""
+        return {name: most for name, most in self.budgets.items() if name in MEASURED}
+
+    @property
+    def task_budgets(self) -> dict[str, float]:
+        """Those of a task's accuracy, which may not fall below them."""
+        return {name: least for name, least in self.budgets.items() if name not in MEASURED}
+
     def check_budgets(self) -> None:
         """Raise unless each is a name with a number above 0, named once, and can be measured."""
         for word in self.stop_at:
             name, _, most = word.partition("=")
             if not name or not _is_above_0(most):
                 raise UserError(f"expected --stop-at as NAME=NUMBER, above 0, such as kl=0.005; found {word!r}")
-            if name not in ("kl", "loss", *self.eval_tasks):  # type: ignore[attr-defined]  # of the whole configuration
+            if name not in (*MEASURED, *self.eval_tasks):  # type: ignore[attr-defined]  # of the whole configuration
                 raise UserError(f"expected --stop-at kl, loss or one of --eval-tasks; found {name!r}")
-            if name in ("kl", "loss") and not getattr(self, "retain_coef", None):
+            if name in MEASURED and not getattr(self, "retain_coef", None):
                 raise UserError(
                     f"expected a retain loss beside --stop-at {name}, on whose text it is measured; found none"
                 )

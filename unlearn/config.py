@@ -37,13 +37,9 @@ EVALUATES = Only(lambda config: bool(config.eval_tasks), "without --eval-tasks")
 FORGETS = Only(lambda config: getattr(config, "remove_coef", 1.0) != 0.0, "with --remove-coef 0")
 HAS_RETAIN = Only(lambda config: hasattr(config, "retain_coef"), "with a method that has no retain loss")
 RETAINS = Only(lambda config: getattr(config, "retain_coef", 1.0) != 0.0, "with --retain-coef 0")
-MAY_RETAIN = Only(
-    lambda config: any(hasattr(config, name) for name in ("retain_coef", "data", "reads_retain")), HAS_RETAIN.otherwise
-)
+READS_FORGET = Only(lambda config: "forget" not in config.unread, lambda config: config.unread["forget"])
+READS_RETAIN = Only(lambda config: "retain" not in config.unread, lambda config: config.unread["retain"])
 MASKED = Only(lambda config: config.forget_mask is not None, "without --forget-mask")
-ON_FORGET = Only(lambda config: getattr(config, "on_forget", True), "with --no-on-forget")
-TAKES_FORGET = Only(lambda config: getattr(config, "data", "forget") != "retain", "with --data retain")
-TAKES_RETAIN = Only(lambda config: getattr(config, "data", "retain") != "forget", "with --data forget")
 BUDGETED = Only(lambda config: config.retain_budget is not None, "without --retain-budget")
 SCHEDULED = Only(lambda config: config.retain_budget is None, "beside --retain-budget")
 COUNTS_EPOCHS = Only(lambda config: config.steps is None, "beside --steps")
@@ -57,26 +53,26 @@ SHARDED = Only(lambda config: config.shard != "replicate", "with --shard replica
 class CorpusFlags:
     """Where forget and retain text come from."""
 
-    forget: str = flag(FORGET, only=(FORGETS, TAKES_FORGET, ON_FORGET))
+    forget: str = flag(FORGET, only=READS_FORGET)
     """Forget corpus: a .jsonl, .json, .csv, .parquet or .txt file (a document a line; text also .gz or .zst), a folder
     of .jsonl or .parquet files, a saved `datasets` folder, or a hub name, NAME[:CONFIG]."""
-    forget_column: str | None = flag(only=(FORGETS, TAKES_FORGET, ON_FORGET))
+    forget_column: str | None = flag(only=READS_FORGET)
     """Text column of the forget corpus. Default: title, abstract and text joined by blank lines, else `page`. Only
     strings are text."""
-    forget_template: str | None = flag(only=(FORGETS, TAKES_FORGET, ON_FORGET))
+    forget_template: str | None = flag(only=READS_FORGET)
     """Text of a forget document built from its columns, e.g. '{title}\\n\\n{abstract}\\n\\n{text}'; it names columns
     and nothing else."""
-    forget_mask: str | None = flag(only=(FORGETS, TAKES_FORGET, ON_FORGET))
-    """Regular expression for what counts of forget text, e.g. '(?i)pathogen|toxin': tokens that share a character with
-    a match. Reaches every forget loss; windows without a match are left out. Default: all of it."""
-    forget_context: int = flag(0, least=0, only=MASKED)
-    """Tokens before and after a match that count too."""
-    retain: str = flag(RETAIN, only=(MAY_RETAIN, RETAINS, TAKES_RETAIN))
+    retain: str = flag(RETAIN, only=READS_RETAIN)
     """Retain corpus, in the same forms."""
-    retain_column: str | None = flag(only=(MAY_RETAIN, RETAINS, TAKES_RETAIN))
+    retain_column: str | None = flag(only=READS_RETAIN)
     """Text column of the retain corpus. Default: as for the forget corpus."""
-    retain_template: str | None = flag(only=(MAY_RETAIN, RETAINS, TAKES_RETAIN))
+    retain_template: str | None = flag(only=READS_RETAIN)
     """Text of a retain document built from its columns."""
+
+    @property
+    def unread(self) -> dict[str, str]:
+        """Corpora that are not read, with why, as in "has no effect ..."."""
+        return {}
 
     def check_text(self) -> None:
         """Raise if a column and a template are both given for one corpus."""
@@ -187,6 +183,11 @@ class TrainConfig(BudgetFlags, FilterFlags, CorpusFlags, ResumeFlags, DeviceFlag
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """What the learning rate does after its peak: stay, or fall to 0 along a line or half a cosine."""
 
+    forget_mask: str | None = flag(only=READS_FORGET)
+    """Regular expression for what counts of forget text, e.g. '(?i)pathogen|toxin': tokens that share a character with
+    a match. Reaches every forget loss; windows without a match are left out. Default: all of it."""
+    forget_context: int = flag(0, least=0, only=MASKED)
+    """Tokens before and after a match that count too."""
     examples: int | None = flag(published=by_mode(lora=8192, full=1024), least=1)
     """Windows drawn from each corpus for an epoch. Published: 8192 with LoRA, 1024 full."""
     epochs: int = flag(1, least=1, only=COUNTS_EPOCHS)
@@ -259,6 +260,14 @@ class TrainConfig(BudgetFlags, FilterFlags, CorpusFlags, ResumeFlags, DeviceFlag
             name = f"runs/{self.model.rstrip('/').rpartition('/')[2]}-{named}{kind}-{self.optimizer}"
             object.__setattr__(self, "output", name)
         self.check_method()
+
+    @property
+    def unread(self) -> dict[str, str]:
+        """See `CorpusFlags`: forget text without a forget loss, retain text without a retain loss. A method for which
+        this is not so has an `unread` of its own."""
+        forget = {} if getattr(self, "remove_coef", 1.0) != 0.0 else {"forget": FORGETS.says(self)}
+        missing = next((one for one in (HAS_RETAIN, RETAINS) if not one.holds(self)), None)
+        return forget if missing is None else forget | {"retain": missing.says(self)}
 
     def check_method(self) -> None:
         """What a method has to say about its flags beyond their ranges; see its `Flags`."""

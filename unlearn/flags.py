@@ -15,7 +15,11 @@ class Only:
     """When a flag has an effect: `holds(config)`; and what to say of it otherwise, as in "has no effect ..."."""
 
     holds: Callable[[Any], bool]
-    otherwise: str
+    otherwise: str | Callable[[Any], str]
+
+    def says(self, config: Any) -> str:
+        """What to say of it otherwise."""
+        return self.otherwise if isinstance(self.otherwise, str) else self.otherwise(config)
 
 
 def flag(
@@ -70,7 +74,7 @@ def settle(config: Any) -> None:
 def idle(config: Any) -> dict[str, str]:
     """The flags that were given without an effect, each with what to say of it, as in "has no effect ..."."""
     return {
-        field.name: condition.otherwise
+        field.name: condition.says(config)
         for field in dataclasses.fields(config)
         for condition in reversed(field.metadata.get("only", ()))
         if getattr(config, field.name) != field.default and not condition.holds(config)

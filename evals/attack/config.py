@@ -13,10 +13,8 @@ import tyro
 
 from unlearn.config import (
     EVALUATES,
-    FORGETS,
-    MAY_RETAIN,
-    TAKES_FORGET,
-    TAKES_RETAIN,
+    READS_FORGET,
+    READS_RETAIN,
     TrainConfig,
     check_once,
     config_of,
@@ -59,9 +57,9 @@ class TamperConfig(TrainConfig):
     """Model to attack: a local folder or a hub name."""
     output: str = dataclasses.field()
     """New folder for attack.json, attack.png and attacks/."""
-    forget: str = flag("", only=(FORGETS, TAKES_FORGET))
+    forget: str = flag("", only=READS_FORGET)
     """Attack text, unseen in unlearning, in the forms that train.py takes."""
-    retain: str = flag("", only=(MAY_RETAIN, TAKES_RETAIN))
+    retain: str = flag("", only=READS_RETAIN)
     """Harmless text, in the same forms."""
     grid: tuple[str, ...] = ()
     """Flags of train.py and their values, adam-lr=2e-5,1e-4 lora-rank=0,16 (in quotation marks where a value has

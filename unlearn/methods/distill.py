@@ -42,6 +42,11 @@ class Flags:
     adam_lr: float | None = flag(2e-5, above=0.0)
     """Peak learning rate of AdamW. Published: 2e-5 for WMDP, 9e-4 elsewhere."""
 
+    @property
+    def unread(self) -> dict[str, str]:
+        """Forget text, if nothing is learned on it."""
+        return {} if self.on_forget else {"forget": "with --no-on-forget"}
+
     def check_method(self) -> None:
         """Raise unless there are weights that noise can be mixed into."""
         if self.lora_rank:  # type: ignore[attr-defined]  # of the whole configuration

@@ -34,6 +34,11 @@ class Flags(RetainFlags):
     retain_loss: Literal["kl", "next-token"] | None = flag(published="next-token", only=RETAINS)
     """next-token: cross-entropy of retain text (published); kl: KL(original || model) a token."""
 
+    @property
+    def unread(self) -> dict[str, str]:
+        """Forget text: nothing is asked of it."""
+        return {"forget": "with --method distort, which trains on retain text alone"}
+
     def check_method(self) -> None:
         """Raise unless there are weights to distort."""
         if self.lora_rank:  # type: ignore[attr-defined]  # of the whole configuration

@@ -28,6 +28,11 @@ class Flags:
     batch: int = flag(16, least=1)
     """Windows of one optimizer step, over all ranks; all of --examples where they are fewer. Published: 16."""
 
+    @property
+    def unread(self) -> dict[str, str]:
+        """The text that --data leaves out."""
+        return {other: f"with --data {self.data}" for other in ("forget", "retain") if self.data not in (other, "mix")}
+
     def check_method(self) -> None:
         """Raise unless a mix has windows of either text."""
         if self.data == "mix" and self.examples == 1:

@@ -20,7 +20,10 @@ from unlearn.weights import local_rows
 class Flags:
     """Draw the embedding rows of tokens that only forget text has anew, and train nothing: a control."""
 
-    reads_retain = True
+    @property
+    def unread(self) -> dict[str, str]:
+        """Both are read, to see which tokens stand in one alone."""
+        return {}
 
     def check_method(self) -> None:
         """Raise unless there is an embedding of the model's own to change."""
