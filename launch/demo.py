@@ -22,7 +22,7 @@ from typing import Any, Literal
 from launch.report import missing_packages
 from unlearn.config import parse_flags
 from unlearn.errors import UserError, run_command
-from unlearn.files import writing
+from unlearn.files import write_json, writing
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = {
@@ -178,7 +178,7 @@ def _summarise(config: DemoConfig, folder: Path, seconds: float) -> None:
     summary["details"] = stages
     after = results(folder / "after")["unlearn"]
     summary["verdict"], summary["against_before"] = after["verdict"], after["baseline"]["tasks"]
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "summary.json", summary)
     _plot(stages, attack, folder / "demo.png")
     print("\n" + table(stages))
     print("\nafter, " + after["verdict"]["words"])

@@ -1,5 +1,6 @@
 """--forget-mask: which tokens of forget text count."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from unlearn.assemble import Unlearning, build
 from unlearn.config import configure
 from unlearn.corpus import Corpus, read_corpus
 from unlearn.errors import UserError
+from unlearn.fit_config import FitLensConfig
 from unlearn.forget_mask import token_masks
 from unlearn.methods.terms import Loss
 from unlearn.trainer import gradients
@@ -116,6 +118,11 @@ def test_mistakes(home: Path, name: str) -> None:
     named = settings(home, retain=str(home / "retain.jsonl"), forget_context=1) | flags
     with pytest.raises(UserError, match=said):
         build(configure("grad-diff", **named), CPU)
+
+
+def test_a_lens_is_fitted_to_all_text() -> None:
+    """It shares the flags of corpora; this one would have no effect."""
+    assert "forget_mask" not in {field.name for field in dataclasses.fields(FitLensConfig)}
 
 
 def test_a_tokenizer_that_knows_no_places() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
@@ -15,6 +16,7 @@ from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 
 from unlearn.assemble import Unlearning, build
+from unlearn.batches import pad
 from unlearn.config import configure
 from unlearn.errors import UserError
 from unlearn.lora import adapters
@@ -171,6 +173,20 @@ def test_accumulation_changes_nothing(home: Path, inputs: Path, name: str) -> No
         torch.testing.assert_close(found[1][0][key], value, rtol=1e-5, atol=1e-6, msg=key)
     for key, gradient in found[0][1].items():
         assert (found[1][1][key] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, key
+
+
+def test_pairs_count_what_follows_the_prompt() -> None:
+    """Also of a window that has no room for one, and of a row of padding; no row counts in another."""
+    windows = [np.arange(1, 1 + size, dtype=np.int32) for size in (6, 1)]
+    for rows in (pad(windows, None, [7, 8], CPU, (7, 5, 2)), pad([], None, [], CPU, (7, 5, 2))):
+        both, count = pairs(rows, [torch.tensor([90, 91, 92])], 2), rows.input_ids.shape[0]
+        width = both.input_ids.shape[1]
+        next_ids: list[list[int]] = [[] for _ in range(2 * count)]
+        for row, place in (divmod(place, width) for place in both.leading.tolist()):
+            next_ids[row].append(int(both.input_ids[row, place + 1]))
+        # of one token there is no prompt: the refusal's first token has nothing before it
+        expected = [[3, 4, 5, 6], [], [90, 91, 92], [91, 92]] if windows and rows.tokens else [[], []]
+        assert next_ids == expected
 
 
 @pytest.mark.parametrize("name", ["idk", "contrast"])

@@ -29,7 +29,7 @@ class Rows:
             leading: int64 [M], where those are whose next token counts. As positions, not as masks, whose use would
             make the CPU wait for the GPU.
         keys: int64 [B], one number in 0..2**31-1 for each row, from (seed, step, window).
-        sizes, seeds: real tokens of each row, whether they count or not, and its key; known without asking the GPU.
+        sizes, host_keys: real tokens of each row, whether they count or not, and `keys`: known without asking the GPU.
         global_tokens, global_leading, global_sequences: N, M and windows of the global batch, over all micro-batches
             and ranks.
     """
@@ -39,7 +39,7 @@ class Rows:
     leading: Tensor
     keys: Tensor
     sizes: tuple[int, ...]
-    seeds: tuple[int, ...]
+    host_keys: tuple[int, ...]
     global_tokens: int
     global_leading: int
     global_sequences: int
@@ -219,7 +219,7 @@ def pad(
         torch.cat(followed).to(device),
         torch.tensor(keys, dtype=torch.int64).to(device),
         sizes=tuple(map(len, windows)) or (0,),
-        seeds=tuple(keys),
+        host_keys=tuple(keys),
         global_tokens=counts[0],
         global_leading=counts[1],
         global_sequences=counts[2],

@@ -4,14 +4,12 @@ A filter is called with one term's gradient, summed over ranks, and changes it i
 Several follow each other in the order in which they are named. Other terms' gradients are left as they are.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from unlearn.config import TrainConfig
@@ -20,6 +18,8 @@ from unlearn.methods.terms import Hooks
 from unlearn.model import blocks_prefix
 from unlearn.optim.layout import Layout, layout_of
 from unlearn.optim.rounds import pipeline, plan, run_round
+from unlearn.sharding import gradient_norm
+from unlearn.weights import local_rows
 
 Gradients = Mapping[str, nn.Parameter]  # the trained parameters by name, with one term's gradient in `.grad`
 
@@ -66,19 +66,9 @@ class Normalise(Filter):
     @torch.no_grad()
     def __call__(self, term: str, trained: Gradients) -> None:
         if term == "forget":
-            gradients = [_local(parameter.grad) for parameter in trained.values()]
-            found = global_norm(list(trained.values()))
+            gradients = [_rows(parameter.grad) for parameter in trained.values()]
+            found = gradient_norm(list(trained.values()))
             torch._foreach_mul_(gradients, torch.where(found > 0.0, self.norm / found, 0.0).float())
-
-
-def global_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """The 2-norm of the whole gradient, float64 [], however it is sharded."""
-    norms = [torch.linalg.vector_norm(_local(parameter.grad), dtype=torch.float64) for parameter in parameters]
-    square = torch.stack(norms).square().sum()
-    first = parameters[0]
-    if isinstance(first, DTensor):
-        torch.distributed.all_reduce(square, group=first.device_mesh.get_group("shard"))
-    return square.sqrt()
 
 
 class SignMask(Filter):
@@ -95,7 +85,7 @@ class SignMask(Filter):
     @torch.no_grad()
     def __call__(self, term: str, trained: Gradients) -> None:
         for name, mean in self.state().items():
-            gradient, mean = _local(trained[name].grad), _local(mean)
+            gradient, mean = _rows(trained[name].grad), _rows(mean)
             if term == "retain":
                 mean.lerp_(gradient, 1.0 - self._decay)
             elif term == "forget":
@@ -125,10 +115,10 @@ class Collapse(Filter):
             return
         pairs = []
         for name, mean in self.state().items():
-            gradient = _local(trained[name].grad)
-            _local(mean).lerp_(gradient, 1.0 - self._decay)
+            gradient = _rows(trained[name].grad)
+            _rows(mean).lerp_(gradient, 1.0 - self._decay)
             shape, layout = trained[name].shape, layout_of(name, trained[name])
-            pairs.append(_Pair(name, (shape[0], shape[1]), layout, gradient, _local(mean), self._collapse))
+            pairs.append(_Pair(name, (shape[0], shape[1]), layout, gradient, _rows(mean), self._collapse))
         pipeline(run_round(layout, owned) for layout, owned in plan(pairs, world_size()))
 
 
@@ -204,6 +194,7 @@ class _Mean:
         return self._kept
 
 
-def _local(tensor: Any) -> Tensor:
-    """This rank's part of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def _rows(tensor: Tensor | None) -> Tensor:
+    """What this rank holds of a gradient, or of what is laid out like one."""
+    assert tensor is not None, "every trained parameter has a gradient once it is summed over ranks"
+    return local_rows(tensor)[0]

@@ -15,13 +15,13 @@ leave a gathered block behind.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from unlearn.distributed import world_size
 from unlearn.errors import UserError
 from unlearn.model import blocks, final_norm
+from unlearn.weights import local_rows
 
 Kind = Literal["full", "hybrid", "replicate"]
 Rows = TypeVar("Rows")
@@ -138,3 +139,15 @@ def all_reducing_last(model: nn.Module, micro_batches: Iterable[Rows], *, ends_s
 def averaged_over(parameter: nn.Parameter) -> int:
     """Over how many ranks FSDP2 took the mean of this parameter's gradient: 1 for a plain one."""
     return parameter.device_mesh.size() if isinstance(parameter, DTensor) else 1
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The 2-norm of the whole gradient, float64 [], however it is sharded; parameters without a gradient count as 0.
+
+    Summed in float64, so that it is the same float32 number in any layout.
+    """
+    local = [local_rows(parameter.grad)[0] for parameter in parameters if parameter.grad is not None]
+    square = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in local]).square().sum()
+    if isinstance(parameters[0], DTensor):
+        dist.all_reduce(square, group=parameters[0].device_mesh.get_group("shard"))
+    return square.sqrt()

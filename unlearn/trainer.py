@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -19,7 +18,7 @@ from unlearn.methods.terms import Hooks, Loss, Numbers, add
 from unlearn.optim.build import Schedule, set_learning_rates
 from unlearn.run.checkpoint import Checkpoints
 from unlearn.run.log import MetricsLog
-from unlearn.sharding import all_reducing_last, reshard
+from unlearn.sharding import all_reducing_last, gradient_norm, reshard
 from unlearn.weights import local_rows
 
 Evaluate = Callable[[int], None]  # called with the number of optimizer steps done
@@ -213,15 +212,8 @@ def _local_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 
 
 def check_gradients(parameters: Sequence[nn.Parameter], metrics: Mapping[str, Tensor], step: int) -> Tensor:
-    """The 2-norm of the whole gradient, float32 []; raises on every rank if a number is not finite on one.
-
-    Summed in float64, so that it is the same float32 number however the gradient is sharded.
-    """
-    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in _local_gradients(parameters)]
-    square = torch.stack(norms).square().sum()
-    if isinstance(parameters[0], DTensor):
-        dist.all_reduce(square, group=parameters[0].device_mesh.get_group("shard"))
-    norm = square.sqrt().float()
+    """The 2-norm of the whole gradient, float32 []; raises on every rank if a number is not finite on one."""
+    norm = gradient_norm(parameters).float()
     numbers = _stack({"norm": norm, **metrics}, norm.device)
     if not all_true(bool(torch.isfinite(numbers).all()), norm.device):
         raise NotFinite(

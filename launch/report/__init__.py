@@ -1,13 +1,12 @@
 """One self-contained HTML page for a run or a sweep: verdict, accuracies, curves, what the lens reads, flags."""
 
 import importlib.util
-import os
 import sys
 from pathlib import Path
 
 from launch.report.config import ReportConfig
 from unlearn.errors import UserError
-from unlearn.files import writing
+from unlearn.files import write_text
 
 
 def write_report(config: ReportConfig) -> Path:
@@ -21,7 +20,7 @@ def write_report(config: ReportConfig) -> Path:
     folder = Path(config.folder).expanduser()
     make = _sweep_page if is_sweep(folder) else _run_page
     file = folder / "report.html"
-    _write(file, make(folder, config))
+    write_text(file, make(folder, config))
     print(f"report: {file}")
     return file
 
@@ -73,14 +72,3 @@ def _sweep_page(folder: Path, config: ReportConfig) -> str:
     from launch.report.sweep_page import render_sweep
 
     return render_sweep(sweep)
-
-
-def _write(file: Path, text: str) -> None:
-    """Write to a temporary name, then rename."""
-    temporary = file.with_name(file.name + ".tmp")
-    try:
-        with writing(file):
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)

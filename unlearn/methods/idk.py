@@ -79,7 +79,7 @@ def pairs(rows: Rows, refusals: list[Tensor], prompt: int) -> Rows:
     """2 B rows: the windows, of which what follows the prompt counts, and behind the same prompts the refusals."""
     device, (count, width) = rows.input_ids.device, rows.input_ids.shape
     ahead = [min(prompt, size // 2) for size in rows.sizes]
-    chosen = [refusals[seed % len(refusals)].to(device) for seed in rows.seeds]
+    chosen = [refusals[key % len(refusals)].to(device) for key in rows.host_keys]
     behind = [torch.cat([rows.input_ids[row, :first], chosen[row]]) for row, first in enumerate(ahead)]
     whole = max(width, *map(len, behind))
     ids = torch.zeros(2 * count, whole, dtype=torch.int64, device=device)
@@ -90,5 +90,5 @@ def pairs(rows: Rows, refusals: list[Tensor], prompt: int) -> Rows:
     for row, (size, first) in enumerate(zip(rows.sizes, ahead, strict=True)):
         ids[count + row, : len(behind[row])] = behind[row]
         if size:
-            leading.append((count + row) * whole + torch.arange(first - 1, len(behind[row]) - 1))
+            leading.append((count + row) * whole + torch.arange(max(0, first - 1), len(behind[row]) - 1))
     return replace(rows, input_ids=ids, leading=torch.cat(leading).to(device), keys=rows.keys.repeat(2))
