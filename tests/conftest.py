@@ -23,6 +23,7 @@ import train  # noqa: E402
 from unlearn.errors import run_command  # noqa: E402
 from unlearn.lens import TunedLens  # noqa: E402
 from unlearn.model import LAYOUTS, save_model  # noqa: E402
+from unlearn.run.checkpoint import Checkpoints  # noqa: E402
 
 VOCABULARY = 301  # prime: divisible by nothing
 DEPTH, WIDTH = 4, 32
@@ -152,6 +153,23 @@ def run_here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         except SystemExit as stop:
             return int(stop.code or 0)
         return 0
+
+    return run
+
+
+@pytest.fixture
+def killed_after(run_here: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Run train.py within this process until the checkpoint after so many steps is whole."""
+
+    def run(step: int, *words: object) -> None:
+        def after(self: Checkpoints, done: int) -> None:
+            self.save(done)
+            if done == step:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Checkpoints, "after", after)
+            assert run_here(train.main, *words) == 130
 
     return run
 

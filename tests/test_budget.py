@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 import torch
 from test_filters import assembled, words
-from test_hooks import kill_after
 from test_phases import weights
 from torch.nn.functional import cross_entropy
 
-import train
 from unlearn.errors import UserError
 from unlearn.model import load_model
 
@@ -62,8 +60,7 @@ def test_a_run_ends_where_its_budget_does(
     home: Path,
     tmp_path: Path,
     attempt: Callable[..., str],
-    run_here: Callable[..., int],
-    monkeypatch: pytest.MonkeyPatch,
+    killed_after: Callable[..., None],
     killed: int | None,
 ) -> None:
     """At the first step above it, also of a run that goes on; the log has the damage of every step, and says why."""
@@ -74,7 +71,7 @@ def test_a_run_ends_where_its_budget_does(
     last = next(step for step, value in enumerate(damage) if value > most)
     assert last > 2, "it takes a while"
     if killed is not None:
-        kill_after(monkeypatch, killed, lambda: run_here(train.main, *run_words(home, tmp_path / "run", f"kl={most}")))
+        killed_after(killed, *run_words(home, tmp_path / "run", f"kl={most}"))
     attempt(*run_words(home, tmp_path / "run", f"kl={most}"))
     lines = log(tmp_path / "run")
     assert [line["held_out_kl"] for line in lines] == damage[: last + 1]
@@ -131,12 +128,11 @@ def test_the_weight_of_a_retain_loss_follows_its_budget(
     home: Path,
     tmp_path: Path,
     attempt: Callable[..., str],
-    run_here: Callable[..., int],
-    monkeypatch: pytest.MonkeyPatch,
+    killed_after: Callable[..., None],
 ) -> None:
     """w <- max(0, w + rate (R - budget)), from --retain-coef; a run that goes on has the weight that it had."""
     more = ("--retain-budget", 5.6, "--retain-rate", 0.5, "--retain-coef", 0.2, "--batch", 4, "--epochs", 2)
-    kill_after(monkeypatch, 4, lambda: run_here(train.main, *words(home, tmp_path / "run", *more)))
+    killed_after(4, *words(home, tmp_path / "run", *more))
     for name in ("run", "whole"):
         attempt(*words(home, tmp_path / name, *more))
     lines = log(tmp_path / "run")

@@ -8,11 +8,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model
-from test_hooks import kill_after
 from test_phases import settings, weights
 from torch import Tensor
 
-import train
 from unlearn.assemble import Unlearning, build
 from unlearn.blank import needs_of
 from unlearn.config import configure
@@ -155,12 +153,11 @@ def test_what_filters_keep_is_found_again(
     home: Path,
     tmp_path: Path,
     attempt: Callable[..., str],
-    run_here: Callable[..., int],
-    monkeypatch: pytest.MonkeyPatch,
+    killed_after: Callable[..., None],
     names: tuple[str, ...],
 ) -> None:
     more = ("--filter", *names, *(("--filter-rank", 3) if "collapse" in names else ()))
-    kill_after(monkeypatch, 2, lambda: run_here(train.main, *words(home, tmp_path / "run", *more)))
+    killed_after(2, *words(home, tmp_path / "run", *more))
     for name in ("run", "whole"):
         attempt(*words(home, tmp_path / name, *more))
     one, other = (weights(tmp_path / name) for name in ("run", "whole"))

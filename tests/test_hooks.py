@@ -11,13 +11,11 @@ from test_phases import method, settings, weights, words
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-import train
 from unlearn.assemble import build
 from unlearn.config import TrainConfig, configure
 from unlearn.errors import NotFinite
 from unlearn.methods.retain import prediction
 from unlearn.methods.terms import Hooks, Loss, Parts, Phase, Term
-from unlearn.run.checkpoint import Checkpoints
 from unlearn.trainer import check_gradients, gradients
 
 __all__ = ["method"]  # a fixture
@@ -122,13 +120,12 @@ def test_what_a_filter_keeps_is_found_again(
     home: Path,
     tmp_path: Path,
     attempt: Callable[..., str],
-    run_here: Callable[..., int],
-    monkeypatch: pytest.MonkeyPatch,
+    killed_after: Callable[..., None],
     method: Any,
     killed: int,
 ) -> None:
     method(phases=masked)
-    kill_after(monkeypatch, killed, lambda: run_here(train.main, *with_retain(home, tmp_path / "run")))
+    killed_after(killed, *with_retain(home, tmp_path / "run"))
     for name in ("run", "whole"):
         attempt(*with_retain(home, tmp_path / name))
     one, other = (weights(tmp_path / name) for name in ("run", "whole"))
@@ -140,15 +137,14 @@ def test_a_stop_rule_ends_its_phase(
     home: Path,
     tmp_path: Path,
     attempt: Callable[..., str],
-    run_here: Callable[..., int],
-    monkeypatch: pytest.MonkeyPatch,
+    killed_after: Callable[..., None],
     method: Any,
     killed: int | None,
 ) -> None:
     """The next phase follows as if the first had been run to its end; the log says why, also of a run that goes on."""
     method(phases=stopped)
     if killed is not None:
-        kill_after(monkeypatch, killed, lambda: run_here(train.main, *with_retain(home, tmp_path / "run")))
+        killed_after(killed, *with_retain(home, tmp_path / "run"))
     attempt(*with_retain(home, tmp_path / "run"))
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["phase"], line.get("stopped")) for line in lines] == [
@@ -157,19 +153,6 @@ def test_a_stop_rule_ends_its_phase(
         (4, "second", None),
     ]
     assert weights(tmp_path / "run").keys()
-
-
-def kill_after(monkeypatch: pytest.MonkeyPatch, step: int, run: Callable[[], int]) -> None:
-    """Run until the checkpoint after `step` steps is whole."""
-
-    def after(self: Checkpoints, done: int) -> None:
-        self.save(done)
-        if done == step:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "after", after)
-        assert run() == 130
 
 
 def test_the_finite_check_of_a_gradient_alone() -> None:

@@ -14,7 +14,6 @@ from conftest import tiny_model, tiny_tokenizer
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-import train
 from unlearn.assemble import build
 from unlearn.blank import needs_of
 from unlearn.config import TrainConfig, configure
@@ -24,7 +23,6 @@ from unlearn.methods.retain import by_prediction, prediction
 from unlearn.methods.terms import Needs, Parts, Phase, Term
 from unlearn.model import empty_model, load_model, save_model
 from unlearn.optim.build import make_schedule, restart
-from unlearn.run.checkpoint import Checkpoints
 from unlearn.run.log import MetricsLog
 from unlearn.seeding import generator
 from unlearn.trainer import gradients
@@ -115,22 +113,14 @@ def test_a_run_goes_on_in_its_phase(
     home: Path,
     tmp_path: Path,
     attempt: Callable[..., str],
-    run_here: Callable[..., int],
-    monkeypatch: pytest.MonkeyPatch,
+    killed_after: Callable[..., None],
     method: Any,
     killed: int,
 ) -> None:
     """Killed inside either phase, between them, and before the export: the same weights and the same log."""
     method(phases=two_phases)
 
-    def after(self: Checkpoints, step: int) -> None:
-        self.save(step)
-        if step == killed:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "after", after)
-        assert run_here(train.main, *words(home, tmp_path / "run")) == 130
+    killed_after(killed, *words(home, tmp_path / "run"))
     assert not (tmp_path / "run/model").exists()
     for name in ("run", "whole"):
         attempt(*words(home, tmp_path / name))
