@@ -17,6 +17,7 @@ from unlearn.building import (
     frozen_model,
     method_parts,
     method_phases,
+    optimizers_of,
     original_model,
     precision,
     run_lens,
@@ -41,12 +42,14 @@ from unlearn.model import (
     load_tokenizer,
 )
 from unlearn.model_config import check_windows
-from unlearn.optim.build import assignment, build_optimizers
+from unlearn.optim.build import assignment
 from unlearn.precision import Precision
 from unlearn.run.preflight import check_apart, settings_hashes, tensors_hash
 from unlearn.seeding import generator
 from unlearn.sharding import shard_mesh
 from unlearn.weights import Checkpoint, Initial, fill
+
+Teachers = list[tuple[PreTrainedModel, Checkpoint]]  # a frozen model each, and its weights
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Unlearning:
     original: PreTrainedModel | None
     checkpoint: Checkpoint
     tokenizer: PreTrainedTokenizerBase
-    teachers: list[tuple[PreTrainedModel, Checkpoint]]
+    teachers: Teachers
     parts: Parts
     phases: list[Phase]
     precision: Precision
@@ -81,10 +84,10 @@ class Unlearning:
 
     def loss_of(self, phase: Phase) -> Loss:
         """Of a phase."""
-        frozen = [model for model in (self.original, *(teacher for teacher, _ in self.teachers)) if model is not None]
         terms = phase.terms
         if self.config.filter:  # it compares the forget gradient with what it has seen of the retain gradient
             terms = sorted(terms, key=lambda term: term.name == "forget")
+        frozen = _frozen(self.original, self.teachers)
         return Loss(terms, self.precision, frozen, lambda step: self.passes(phase, step).as_numbers())
 
     def hooks_of(self, phase: Phase) -> Hooks:
@@ -145,24 +148,7 @@ def assemble(config: TrainConfig, device: torch.device, mesh: DeviceMesh | None 
     model, original = trained_model(config, mesh), original_model(config, mesh, needs)
     identity = {"model": files_hash(checkpoint.paths()), **settings_hashes(checkpoint.folder)}
     batches = Corpora(config, tokenizer)
-
-    def lens(layers: tuple[int, ...]) -> TunedLens:
-        found = run_lens(config, device, layers)
-        identity["lens"] = tensors_hash(dict(found.translators.named_parameters()))
-        return found
-
-    teachers: list[tuple[PreTrainedModel, Checkpoint]] = []
-
-    def teacher(path: str) -> PreTrainedModel:
-        found = _teacher(config, path, tokenizer, mesh)
-        identity[f"teacher {path}"] = files_hash(found[1].paths())
-        teachers.append(found)
-        return found[0]
-
-    def tokens(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    parts = method_parts(config, model, original, batches, lens, device, teacher, tokens)
+    parts, teachers = _parts(config, model, original, batches, tokenizer, mesh, device, identity)
     phases = method_phases(config, parts)
     encode_prompts(tokenizer, getattr(config, "prompts", ()), model_config)  # mistakes show before the first step
     check_windows(model_config, {corpus.name: corpus.windows for corpus in batches.read.values()})
@@ -181,12 +167,47 @@ def assemble(config: TrainConfig, device: torch.device, mesh: DeviceMesh | None 
         phases,
         computing,
         hooks_of(config, model),
-        budget_of(config, parts, computing, [one for one in (original, *(t for t, _ in teachers)) if one is not None]),
+        budget_of(config, parts, computing, _frozen(original, teachers)),
         identity,
         {},
     )
     _check_phases(found)
     return found
+
+
+def _frozen(original: PreTrainedModel | None, teachers: Teachers) -> list[PreTrainedModel]:
+    """The models beside the one in training."""
+    return [*([original] if original is not None else []), *(teacher for teacher, _ in teachers)]
+
+
+def _parts(
+    config: TrainConfig,
+    model: PreTrainedModel,
+    original: PreTrainedModel | None,
+    batches: Mapping[str, Batches],
+    tokenizer: PreTrainedTokenizerBase,
+    mesh: DeviceMesh | None,
+    device: torch.device,
+    identity: dict[str, str],
+) -> tuple[Parts, Teachers]:
+    """What the method may ask for, and the teachers that it will have asked for; either adds to the identity."""
+    teachers: Teachers = []
+
+    def lens(layers: tuple[int, ...]) -> TunedLens:
+        found = run_lens(config, device, layers)
+        identity["lens"] = tensors_hash(dict(found.translators.named_parameters()))
+        return found
+
+    def teacher(path: str) -> PreTrainedModel:
+        found = _teacher(config, path, tokenizer, mesh)
+        identity[f"teacher {path}"] = files_hash(found[1].paths())
+        teachers.append(found)
+        return found[0]
+
+    def tokens(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    return method_parts(config, model, original, batches, lens, device, teacher, tokens), teachers
 
 
 def _teacher(
@@ -234,19 +255,7 @@ def fill_models(run: Unlearning) -> None:
             fill(run.original, run.checkpoint, weights, buffers=device, initial=_initial(config, run.original))
         for teacher, weights_of in run.teachers:
             fill(teacher, weights_of, device)
-    built = build_optimizers(
-        run.model,
-        optimizer=config.optimizer,
-        adam_lr=config.adam_lr,
-        sgd_lr=config.sgd_lr,
-        muon_lr=config.muon_lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        method=config.muon_method or "gram",
-        floor=config.muon_floor,
-        qkv=config.muon_qkv or "fused",
-    )
-    run.optimizers.update(built)
+    run.optimizers.update(optimizers_of(config, run.model))
 
 
 def _initial(config: TrainConfig, model: PreTrainedModel) -> Initial:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from unlearn.batches import Batches
@@ -18,6 +19,7 @@ from unlearn.memory import reads_original
 from unlearn.methods import method_module
 from unlearn.methods.terms import Needs, Original, Parts, Phase, Term
 from unlearn.model import disable_dropout, empty_model, final_norm, fresh_weights
+from unlearn.optim.build import build_optimizers
 from unlearn.parameters import train_only
 from unlearn.precision import DTYPES, Precision, autocast
 from unlearn.sharding import checkpoint_blocks, compile_blocks, shard
@@ -98,6 +100,22 @@ def frozen_model(
     if mesh is not None:
         shard(model, mesh, compute=DTYPES[config.dtype], offload=offload)
     return model
+
+
+def optimizers_of(config: TrainConfig, model: PreTrainedModel) -> dict[str, Optimizer]:
+    """The optimizers that the flags ask for; see `build_optimizers`."""
+    return build_optimizers(
+        model,
+        optimizer=config.optimizer,
+        adam_lr=config.adam_lr,
+        sgd_lr=config.sgd_lr,
+        muon_lr=config.muon_lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        method=config.muon_method or "gram",
+        floor=config.muon_floor,
+        qkv=config.muon_qkv or "fused",
+    )
 
 
 def method_parts(

@@ -23,12 +23,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from unlearn.blank import blank_lens, full_windows, needs_of
-from unlearn.building import method_parts, method_terms, original_model, precision, trained_model
+from unlearn.building import (
+    method_parts,
+    method_terms,
+    optimizers_of,
+    original_model,
+    precision,
+    trained_model,
+)
 from unlearn.config import TrainConfig
 from unlearn.filters import hooks_of
 from unlearn.memory import Layout
 from unlearn.methods.terms import Loss, Parts, Term
-from unlearn.optim.build import build_optimizers
 from unlearn.sharding import shard_mesh
 from unlearn.trainer import clip_gradients, gradients
 from unlearn.weights import local_rows, materialise
@@ -181,15 +187,7 @@ def _simulate(config: TrainConfig, layout: Layout, method: Method) -> int:
 
 def optimizer_states(config: TrainConfig, model: torch.nn.Module) -> list[Any]:
     """The optimizers, with the states that AdamW would make in its first step."""
-    built = build_optimizers(
-        model,  # type: ignore[arg-type]
-        optimizer=config.optimizer,
-        adam_lr=config.adam_lr,
-        sgd_lr=config.sgd_lr,
-        muon_lr=config.muon_lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-    )
+    built = optimizers_of(config, model)  # type: ignore[arg-type]
     adamw = built.get("adamw")
     groups = adamw.param_groups if adamw is not None else []
     moments = [torch.zeros_like(parameter) for group in groups for parameter in group["params"] for _ in range(2)]

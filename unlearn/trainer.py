@@ -69,9 +69,7 @@ def train(
     with checkpoints.during_steps() if checkpoints is not None else nullcontext():
         for step in range(first, steps):
             if evaluate is not None and eval_every is not None and (offset + step) % eval_every == 0:
-                if checkpoints is not None:
-                    checkpoints.settle()  # an evaluation may take long, and be killed
-                evaluate(offset + step)
+                _evaluate(evaluate, offset + step, checkpoints)
             started = time.monotonic()
             model.train()
             metrics = gradients(model, loss, step, steps, _checked(hooks.filter, offset + step))
@@ -85,9 +83,9 @@ def train(
             why = _after_step(hooks, step + 1, numbers)
             if logged or why:
                 numbers["tokens_per_second"] = numbers.pop("tokens", 0.0) / (time.monotonic() - started)
-                words = ({"phase": phase} if phase else {}) | ({"stopped": why} if why else {})
-                line = {"step": offset + step} | words | numbers | {"gradient_norm": norm.item()} | settings
-                log.write(line | dict(loss.cost(step)), shown=("forget_loss", "retain_loss", "loss"))
+                numbers |= {"gradient_norm": norm.item()} | settings | dict(loss.cost(step))
+                words = {name: word for name, word in (("phase", phase), ("stopped", why)) if word}
+                log.write({"step": offset + step, **words, **numbers}, shown=("forget_loss", "retain_loss", "loss"))
             done = steps if why else step + 1
             log.advance(done - step)
             if step == first:
@@ -97,6 +95,13 @@ def train(
             if why:
                 break
     model.eval()
+
+
+def _evaluate(evaluate: Evaluate, step: int, checkpoints: Checkpoints | None) -> None:
+    """Measure; what is being written is whole before, since a measurement may take long, and be killed."""
+    if checkpoints is not None:
+        checkpoints.settle()
+    evaluate(step)
 
 
 def _checked(filter: GradientFilter | None, step: int) -> GradientFilter | None:

@@ -81,14 +81,8 @@ def build_optimizers(
     built: dict[str, torch.optim.Optimizer] = {}
     decayed = list(parts.embeddings.values())
     if optimizer == "muon":
-        if not parts.matrices:
-            raise UserError("expected matrices inside the blocks for Muon; found none trainable: use --optimizer adamw")
+        _check_matrices(parts.matrices, qkv)
         assert muon_lr is not None and momentum is not None
-        if qkv != "fused" and not any(name.endswith(FUSED_QKV) for name in parts.matrices):
-            raise UserError(
-                f"expected trainable matrices named *{FUSED_QKV} (GPT-NeoX in full training) for --muon-qkv {qkv}; "
-                "found none: leave it out"
-            )
         built["muon"] = Muon(
             parts.matrices.items(),
             lr=muon_lr,
@@ -112,6 +106,17 @@ def build_optimizers(
     if not built:
         raise UserError("expected trainable parameters; found none: give --lora-rank or train in full")
     return built
+
+
+def _check_matrices(matrices: Mapping[str, nn.Parameter], qkv: Qkv) -> None:
+    """Raise unless Muon has something to orthogonalise, and to take apart if that was asked for."""
+    if not matrices:
+        raise UserError("expected matrices inside the blocks for Muon; found none trainable: use --optimizer adamw")
+    if qkv != "fused" and not any(name.endswith(FUSED_QKV) for name in matrices):
+        raise UserError(
+            f"expected trainable matrices named *{FUSED_QKV} (GPT-NeoX in full training) for --muon-qkv {qkv}; "
+            "found none: leave it out"
+        )
 
 
 def restart(optimizer: torch.optim.Optimizer) -> None:
