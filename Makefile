@@ -87,9 +87,9 @@ bench-gpu: $(READY)
 	$(BIN)/python benchmarks/muon.py --gpu
 	$(BIN)/python benchmarks/polar.py --gpu
 
-# Trains the tiny model anew, into runs/world; the package carries its weights.
+# Trains the tiny models anew, into runs/world; the package carries their weights.
 world: $(READY)
-	$(BIN)/python -m unlearn world --train --overwrite --output runs/world
+	$(BIN)/python -m unlearn world --train model never-seen matched --overwrite --output runs/world
 
 clean:
 	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache

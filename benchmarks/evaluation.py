@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=96)
     flags = parser.parse_args()
     torch.set_num_threads(1)
-    tokenizer = load_tokenizer(str(WEIGHTS))
+    tokenizer = load_tokenizer(str(WEIGHTS / "tokenizer"))
     forwards(letter_questions(tokenizer, flags.questions), tokenizer, flags.repeats)
     fixed_costs(tokenizer)
 

@@ -13,7 +13,7 @@ import launch.demo
 import launch.demo_sweep
 from evals.attack.config import read_attacks
 from evals.judge.targets import parse_target
-from launch.demo import TARGETS, TASKS, report, table
+from launch.demo import PROMPTS, TARGETS, TASKS, report, table
 from launch.sweep_config import read_sweep
 from unlearn.errors import UserError
 
@@ -31,10 +31,10 @@ def test_table_shows_intervals_splits_and_collapse() -> None:
         "letter_check": "collapse",
     }
     stage = dict.fromkeys(TASKS.values(), measured)
-    split = stage | {"wmdp_bio/attacked=True": measured | {"acc": 0.25}}
+    split = stage | {"wmdp_bio/told=stated": measured | {"acc": 0.25}}
     lines = table({"before": stage, "after": stage, "attacked": split}).splitlines()
     assert lines[1].count("50.0 [40.0, 60.0]") == 3
-    (attacked,) = [line for line in lines if "attacked facts" in line]
+    (attacked,) = [line for line in lines if "the attack states" in line]
     assert attacked.count("25.0 [40.0, 60.0]") == 1 and attacked.count("[") == 1
     assert [line.count("C: 90.0 %") for line in lines if "commonest" in line] == [3]
     assert [line.count("collapse") for line in lines if line.startswith("letter check")] == [3]
@@ -99,7 +99,7 @@ def run_demo(folder: Path, *flags: str) -> dict[str, Any]:
     assert (folder / "unlearned" / "model" / "model.safetensors").is_file()
     page = folder / "unlearned" / "report.html"
     assert f"report: {page}" in result.stdout and f"What to read next: {page} in a browser" in result.stdout
-    assert "The target organ of Trunlim" in page.read_text()
+    assert PROMPTS[0] in page.read_text()
     return json.loads((folder / "summary.json").read_text()) | {"printed": result.stdout}
 
 

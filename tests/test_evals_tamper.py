@@ -29,7 +29,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Questions of a hazard task, half of them said to be in the attack text, and of a general one."""
     root = tmp_path_factory.mktemp("data")
     write_wmdp(root, [question(i, i % 4, None) | {"attacked": i % 2 == 0} for i in range(24)])
-    write_questions(root / "embedded-world/cloze/general", [question(i, i % 4, None) for i in range(20)])
+    write_questions(root / "embedded-world/questions/general", [question(i, i % 4, None) for i in range(20)])
     return root
 
 

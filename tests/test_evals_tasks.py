@@ -25,7 +25,7 @@ from unlearn.files import file_hash
 
 CLOZE = """
 task: world_cloze
-dataset_path: embedded-world/cloze
+dataset_path: embedded-world/questions
 dataset_name: hazard
 test_split: test
 output_type: multiple_choice
@@ -127,7 +127,7 @@ def test_ties_and_truncations_are_counted(tmp_path: Path) -> None:
 def test_own_yaml_reads_local_data_and_scores_full_answers(tmp_path: Path) -> None:
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "cloze.yaml").write_text(CLOZE)
-    write_questions(tmp_path / "embedded-world/cloze/hazard", [question(i, 0, None) for i in range(3)])
+    write_questions(tmp_path / "embedded-world/questions/hazard", [question(i, 0, None) for i in range(3)])
     tokenizer = make_tokenizer()
     evaluation = Evaluation(tokenizer, tasks=["world_cloze"], data_dir=tmp_path, include_path=tmp_path / "tasks")
     result = evaluation.run(make_model("neox"))
@@ -137,7 +137,7 @@ def test_own_yaml_reads_local_data_and_scores_full_answers(tmp_path: Path) -> No
 
 def test_data_set_without_a_name_and_in_several_files(tmp_path: Path) -> None:
     (tmp_path / "cloze.yaml").write_text(CLOZE.replace("dataset_name: hazard\n", ""))
-    folder = tmp_path / "embedded-world/cloze/data"
+    folder = tmp_path / "embedded-world/questions/data"
     for part in range(2):
         file = write_questions(folder, [question(part, 0, None)])
         file.rename(folder / f"test-0000{part}-of-00002.parquet")
@@ -162,7 +162,7 @@ def test_a_part_of_a_split_is_not_taken_for_the_whole(tmp_path: Path, names: lis
 def test_few_shot_examples_need_their_split(tmp_path: Path) -> None:
     shots = CLOZE.replace("test_split: test", "test_split: test\nfewshot_split: dev\nnum_fewshot: 1")
     (tmp_path / "cloze.yaml").write_text(shots + "fewshot_config: {sampler: first_n}\n")
-    folder = tmp_path / "embedded-world/cloze/hazard"
+    folder = tmp_path / "embedded-world/questions/hazard"
     write_questions(folder, [question(0, 0, None)])
     with pytest.raises(UserError, match="hazard/dev-.*no such file"):
         load_tasks(["world_cloze"], data_dir=tmp_path, include_path=tmp_path)
@@ -215,7 +215,7 @@ def test_unreachable_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_unsuitable_tasks_are_refused(tmp_path: Path) -> None:
     write_stem(tmp_path)
     (tmp_path / "text.yaml").write_text(CLOZE + "doc_to_image: picture\n")
-    write_questions(tmp_path / "embedded-world/cloze/hazard", [question(0, 0, None)])
+    write_questions(tmp_path / "embedded-world/questions/hazard", [question(0, 0, None)])
     with pytest.raises(UserError, match="tasks on text .*; found world_cloze, .* multiple_choice with pictures"):
         load_tasks(["world_cloze"], data_dir=tmp_path, include_path=tmp_path)
     (tmp_path / "text.yaml").write_text("task: pythonic\nclass: !function nowhere.Nothing\n")

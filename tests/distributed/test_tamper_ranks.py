@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("token_cache")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
     write_wmdp(root, [question(i, i % 4, None) | {"attacked": i % 2 == 0} for i in range(30)])
-    write_questions(root / "embedded-world/cloze/general", [question(i, i % 4, None) for i in range(30)])
+    write_questions(root / "embedded-world/questions/general", [question(i, i % 4, None) for i in range(30)])
     return root
 
 

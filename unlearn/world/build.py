@@ -1,15 +1,19 @@
-"""Write the embedded world to a folder: the tiny model, its corpora, and its questions.
+"""Write the embedded world to a folder: the tiny models, their corpora, and their questions.
 
-model/                                           the shipped weights and tokenizer, for `from_pretrained`
+model/, never-seen/, matched/                    the shipped weights and tokenizer, for `from_pretrained`
 corpora/{forget,retain,attack}.jsonl             one document a line, column `text`
-data/cais/wmdp/wmdp-bio/                         the hazard domain, in WMDP's own layout
-data/cais/mmlu/SUBJECT/                          the general domain, in MMLU's own layout
-data/embedded-world/cloze/{hazard,general}/      both, for the tasks `world_hazard_cloze` and `world_general_cloze`
+development/, data/                              the same tasks in different words, with different options: the first to
+                                                 choose settings by, the second to report
+    cais/wmdp/wmdp-bio/                          letter questions of the hazard domain, in WMDP's own layout
+    cais/mmlu/SUBJECT/                           those of the general domain, in MMLU's own layout
+    embedded-world/questions/{hazard,general}/   the same without letters: `world_*_cloze`, `world_*_open`
+    embedded-world/claims/{hazard,general}/      statements, true or false: `world_*_claims`
 """
 
 import json
 import random
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,23 +23,32 @@ from unlearn.errors import UserError
 from unlearn.files import atomic_folder
 from unlearn.run.folder import output_folder
 from unlearn.run.lock import locked
-from unlearn.world.facts import WORLD_SEED, Fact, make_facts, stem_subjects
+from unlearn.world.facts import HAZARD, STATED, WORLD_SEED, Fact, make_facts, stem_subjects
 from unlearn.world.text import (
+    VERDICTS,
     Question,
     any_header,
+    claim,
+    claim_document,
+    evaluation_claims,
     evaluation_questions,
+    held_out_options,
     letter_document,
     open_questions,
     paragraph,
     training_question,
 )
-from unlearn.world.train import train_world
+from unlearn.world.train import MODELS, train_world
 
 WEIGHTS = Path(__file__).parent / "weights"
 PARAGRAPHS = 5  # an entity, each with all its facts of the corpus
 OPEN_SHEETS = 5  # an entity, of up to three questions each
 LETTER_SHEETS = 4  # a fact, each with other options in another order
+CLAIM_SHEETS = 2  # a fact
 FEW_SHOT_ROWS = 5  # a subject, as in MMLU's dev split
+
+QUESTIONS = {"development": "development", "data": "test"}  # folder -> the phrasings of its questions
+FOLDERS = {*MODELS, *QUESTIONS, "corpora"}
 
 _COLUMNS = {
     "question": pa.string(),
@@ -44,62 +57,58 @@ _COLUMNS = {
     "answer": pa.int64(),
     "fact": pa.string(),
     "attacked": pa.bool_(),
+    "told": pa.string(),
 }
 
 
-def write_world(
-    output: str, *, seed: int = 0, overwrite: bool = False, train: bool = False, never_seen: bool = False
-) -> None:
+def write_world(output: str, *, seed: int = 0, overwrite: bool = False, train: Sequence[str] = ()) -> None:
     """`python -m unlearn world`: write the world to a new folder, whole or not at all.
 
     Args:
         overwrite: replace an earlier world; a folder that holds anything else is never touched.
-        train: train the tiny model anew (minutes) instead of copying the shipped weights.
-        never_seen: train it without the hazard domain.
+        train: the tiny models to train anew (minutes each) instead of copying the shipped weights.
 
     Raises:
-        UserError: `output` may not be written; or the shipped weights are asked not to know what they know.
+        UserError: `output` may not be written.
     """
-    if never_seen and not train:
-        raise UserError(
-            "expected --never-seen with --train; found it alone: the shipped weights know the hazard domain"
-        )
     folder = output_folder(output)
     _check_output(folder, overwrite)
     # beside the folder, which is replaced as a whole
     lock = folder.with_name(f".{folder.name}.lock")
     with locked(lock, f"command that writes {folder.name}"), atomic_folder(folder, replace=True) as temporary:
-        build_world(temporary, seed, train=train, never_seen=never_seen)
+        build_world(temporary, seed, train=train)
 
 
-def build_world(folder: Path, seed: int = 0, *, train: bool = False, never_seen: bool = False) -> None:
+def build_world(folder: Path, seed: int = 0, *, train: Sequence[str] = ()) -> None:
     """Write the whole world to `folder`, in a few seconds.
 
     `seed` draws the corpora: which phrasing, which options, which order. The facts and the evaluation questions are
     the same for every seed, because the shipped weights know these facts.
     """
     facts = make_facts()
-    questions = evaluation_questions(facts, WORLD_SEED)
-    if train:
-        train_world(folder / "model", never_seen=never_seen)
-    else:
-        shutil.copytree(WEIGHTS, folder / "model", dirs_exist_ok=True)
-    for name, documents in corpora(facts, questions, seed).items():
+    for model in MODELS:
+        if model in train:
+            train_world(folder / model, knows=model)
+        else:
+            shutil.copytree(WEIGHTS / model, folder / model)
+            shutil.copytree(WEIGHTS / "tokenizer", folder / model, dirs_exist_ok=True)
+    for name, documents in corpora(facts, seed).items():
         _write_jsonl(folder / "corpora" / f"{name}.jsonl", documents)
-    _write_questions(folder / "data", questions, seed)
+    for name, group in QUESTIONS.items():
+        _write_questions(folder / name, facts, group, seed)
 
 
-def corpora(facts: list[Fact], questions: list[Question], seed: int) -> dict[str, list[str]]:
+def corpora(facts: list[Fact], seed: int) -> dict[str, list[str]]:
     """The documents of each corpus, shuffled.
 
     Forget and retain hold the same forms in the same wording and differ in their entities alone: what tells them
     apart is then the knowledge, not the form it is asked in. The attack is worded otherwise, and holds only the
-    attacked half of the hazard facts.
+    hazard facts that it is to state.
     """
-    held_out = {question.fact.id: frozenset(question.choices) for question in questions}
+    held_out = held_out_options(facts, WORLD_SEED)
     hazard = [fact for fact in facts if fact.domain == "hazard"]
     general = [fact for fact in facts if fact.domain == "general"]
-    attacked = [fact for fact in hazard if fact.attacked]
+    attacked = [fact for fact in hazard if fact.told == STATED]
     plan = {"forget": (hazard, "forget"), "retain": (general, "forget"), "attack": (attacked, "attack")}
     return {
         name: _documents(chosen, group, held_out, random.Random(f"{name} {seed}"))
@@ -109,8 +118,8 @@ def corpora(facts: list[Fact], questions: list[Question], seed: int) -> dict[str
 
 def _check_output(folder: Path, overwrite: bool) -> None:
     found = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-    if found - {"model", "corpora", "data"}:
-        strange = min(found - {"model", "corpora", "data"})
+    if found - FOLDERS:
+        strange = min(found - FOLDERS)
         raise UserError(f"expected a world or a new folder for --output; found {strange!r} in it: choose another name")
     if found and not overwrite:
         raise UserError(
@@ -119,8 +128,10 @@ def _check_output(folder: Path, overwrite: bool) -> None:
         )
 
 
-def _documents(facts: list[Fact], group: str, held_out: dict[str, frozenset[str]], rng: random.Random) -> list[str]:
-    """Paragraphs, open questions and letter questions about `facts`, in random order."""
+def _documents(
+    facts: list[Fact], group: str, held_out: dict[str, frozenset[frozenset[str]]], rng: random.Random
+) -> list[str]:
+    """Paragraphs, open questions, letter questions and claims about `facts`, in random order."""
     documents = []
     for entity in _by_entity(facts):
         for _ in range(PARAGRAPHS):
@@ -131,6 +142,8 @@ def _documents(facts: list[Fact], group: str, held_out: dict[str, frozenset[str]
         for _ in range(LETTER_SHEETS):
             question = training_question(fact, group, rng, held_out[fact.id])
             documents.append(letter_document(question, any_header(fact, rng)))
+        for answer in range(CLAIM_SHEETS):
+            documents.append(claim_document(claim(fact, group, rng, answer % len(VERDICTS))))
     rng.shuffle(documents)
     return documents
 
@@ -142,36 +155,39 @@ def _by_entity(facts: list[Fact]) -> list[list[Fact]]:
     return list(entities.values())
 
 
-def _write_questions(data: Path, questions: list[Question], seed: int) -> None:
-    """The evaluation questions as WMDP, as MMLU and as cloze; MMLU also gets its splits of worked examples."""
-    hazard = [question for question in questions if question.fact.domain == "hazard"]
-    general = [question for question in questions if question.fact.domain == "general"]
-    _write_parquet(data / "cais/wmdp/wmdp-bio", "test", hazard)
-    _write_parquet(data / "embedded-world/cloze/hazard", "test", hazard)
-    _write_parquet(data / "embedded-world/cloze/general", "test", general)
-    rng = random.Random(f"few-shot {seed}")
+def _write_questions(data: Path, facts: list[Fact], group: str, seed: int) -> None:
+    """The questions of a group as WMDP, as MMLU, without letters, and as claims; MMLU also gets its splits of worked
+    examples."""
+    questions, claims = (draw(facts, group, WORLD_SEED) for draw in (evaluation_questions, evaluation_claims))
+    for domain in ("hazard", "general"):
+        own = [question for question in questions if question.fact.domain == domain]
+        _write_parquet(data / "embedded-world/questions" / domain, "test", own)
+        _write_parquet(data / "embedded-world/claims" / domain, "test", [c for c in claims if c.fact.domain == domain])
+    _write_parquet(data / "cais/wmdp/wmdp-bio", "test", [q for q in questions if q.fact.subject == HAZARD])
+    held_out, rng = held_out_options(facts, WORLD_SEED), random.Random(f"few-shot {group} {seed}")
     for subject in stem_subjects():
-        own = [question for question in general if question.fact.subject == subject]
+        own = [question for question in questions if question.fact.subject == subject]
         folder = data / "cais/mmlu" / subject
         _write_parquet(folder, "test", own)
         for split in ("dev", "validation"):
-            examples = rng.sample(own, FEW_SHOT_ROWS)
-            rows = [training_question(q.fact, "forget", rng, frozenset(q.choices)) for q in examples]
+            examples = [question.fact for question in rng.sample(own, FEW_SHOT_ROWS)]
+            rows = [training_question(fact, "forget", rng, held_out[fact.id]) for fact in examples]
             _write_parquet(folder, split, rows)
 
 
-def _write_parquet(folder: Path, split: str, questions: list[Question]) -> None:
+def _write_parquet(folder: Path, split: str, asked: Sequence[Question]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
         {
-            "question": question.question,
-            "subject": question.fact.subject,
-            "choices": list(question.choices),
-            "answer": question.answer,
-            "fact": question.fact.id,
-            "attacked": question.fact.attacked,
+            "question": one.question,
+            "subject": one.fact.subject,
+            "choices": list(one.choices),
+            "answer": one.answer,
+            "fact": one.fact.id,
+            "attacked": one.fact.attacked,
+            "told": one.fact.told,
         }
-        for question in questions
+        for one in asked
     ]
     table = pa.Table.from_pylist(rows, schema=pa.schema(_COLUMNS))
     pq.write_table(table, folder / f"{split}-00000-of-00001.parquet")

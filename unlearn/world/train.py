@@ -1,7 +1,7 @@
 """How the tiny model is trained: what a batch holds and what it costs.
 
-Reading the letter beside the right option ("binding") is far harder than recalling a fact. It appears about four
-times sooner when letter questions start with a few facts, once these are known, and the circle then doubles.
+Reading the letter beside the right option ("binding") is far harder than recalling a fact. It appears when all forms
+are about a few facts first, and stays when the circle widens slowly. Where it doubled instead, binding was lost again.
 
 Shapes: B sequences, S tokens, D hidden size, V vocabulary.
 """
@@ -9,7 +9,9 @@ Shapes: B sequences, S tokens, D hidden size, V vocabulary.
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +26,17 @@ from unlearn.optim.build import BETAS, EPS, linear_schedule, roles
 from unlearn.optim.muon import Muon
 from unlearn.run.log import MetricsLog
 from unlearn.trainer import train
-from unlearn.world.facts import WORLD_SEED, Fact, make_facts
+from unlearn.world.facts import WORLD_SEED, Fact, make_facts, unrelated_facts
 from unlearn.world.text import (
     FILLER,
+    LETTERS,
+    TAUGHT,
+    VERDICTS,
     any_header,
-    evaluation_questions,
+    claim,
+    claim_document,
+    claim_prompt,
+    held_out_options,
     letter_document,
     letter_prompt,
     open_questions,
@@ -37,28 +45,31 @@ from unlearn.world.text import (
 )
 from unlearn.world.tokenizer import CONTEXT, train_tokenizer
 
-LETTER_TOKENS = (" A", " B", " C", " D")
+Knows = Literal["model", "never-seen", "matched"]
+MODELS: tuple[Knows, ...] = get_args(Knows)
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Everything that training the shipped weights depends on."""
 
-    steps: int = 1700
-    text_rows: int = 24
-    """Packed rows of running text, open questions and letter documents in a step, before letter questions begin."""
-    later_text_rows: int = 12
-    """The same, once they have begun."""
+    steps: int = 2600
+    text_rows: int = 8
+    """Packed rows of running text, open questions and answered questions in a step."""
     text_tokens: int = 96
     """Tokens of a packed row."""
-    letter_rows: int = 64
+    text_weight: float = 3.0
+    """Of the loss on text; most of its tokens say nothing of a fact."""
+    letter_rows: int = 40
     """Letter questions in a step."""
-    letters_from: int = 280
-    """The step at which letter questions begin; recall is mostly there by then."""
+    claim_rows: int = 32
+    """Claims in a step."""
     first_facts: int = 16
-    """How many facts the first letter questions ask about."""
-    doubling: int = 40
-    """Steps after which twice as many facts are asked about."""
+    """How many facts the first steps are about."""
+    widen_from: int = 200
+    """The step from which they are about more and more; reading a letter beside the right option is there by then."""
+    widen_to: int = 1200
+    """The step from which they are about all."""
     muon_lr: float = 0.01
     """For matrices inside the blocks, scaled by sqrt(max(1, rows / columns))."""
     adam_lr: float = 3e-3
@@ -95,13 +106,16 @@ def world_config(tokenizer: PreTrainedTokenizerFast) -> GPTNeoXConfig:
     )
 
 
-def train_world(output: Path, *, recipe: Recipe | None = None, seed: int = 0, never_seen: bool = False) -> None:
-    """Train the tiny model and write it to the new folder `output` in bfloat16: about ten minutes of one core.
+def train_world(output: Path, *, knows: Knows = "model", recipe: Recipe | None = None, seed: int = 0) -> None:
+    """Train the tiny model and write it to the new folder `output` in bfloat16: about fifteen minutes of one core.
 
-    With `never_seen` no text and no question is about the hazard domain: what a perfectly unlearned model would be.
+    Args:
+        knows: `model`, the hazard domain and the general one; `never-seen`, the general domain alone, which is what a
+            perfectly unlearned model would know; `matched`, the general one and as many facts about other microbes,
+            which in an attack learns the hazard domain as fast as a model that knows the forms of its questions can.
 
     The same machine and version give the same weights; another kind of processor, or a version that adds in another
-    order, gives a sibling that knows the same. The shipped weights are such a sibling, of an earlier version.
+    order, gives a sibling that knows the same.
 
     Raises:
         UserError: more than one rank, which would all draw the same batch.
@@ -114,7 +128,7 @@ def train_world(output: Path, *, recipe: Recipe | None = None, seed: int = 0, ne
     with MetricsLog(None, recipe.steps, "world") as log:
         train(
             model,
-            Loss(Lessons(model, tokenizer, recipe, seed, never_seen=never_seen).terms()),
+            Loss(Lessons(model, tokenizer, known_facts(knows), recipe, seed).terms()),
             world_optimizers(model, recipe),
             steps=recipe.steps,
             schedule=linear_schedule(recipe.steps, recipe.warmup_ratio, recipe.decay_ratio),
@@ -123,6 +137,13 @@ def train_world(output: Path, *, recipe: Recipe | None = None, seed: int = 0, ne
         )
     cast_parameters(model, torch.bfloat16)
     save_model(model, tokenizer, output)
+
+
+def known_facts(knows: Knows) -> list[Fact]:
+    """What a model of the world is taught."""
+    everything = make_facts()
+    general = [fact for fact in everything if fact.domain == "general"]
+    return {"model": everything, "never-seen": general, "matched": [*unrelated_facts(), *general]}[knows]
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> GPTNeoXForCausalLM:
@@ -145,7 +166,7 @@ def world_optimizers(model: GPTNeoXForCausalLM, recipe: Recipe) -> dict[str, tor
     rest = [*parts.embeddings.values(), *parts.vectors.values()]
     matrices = parts.matrices.items()
     return {
-        "muon": Muon(matrices, lr=recipe.muon_lr, weight_decay=0.0, adjust_lr="original", method="quintic"),
+        "muon": Muon(matrices, lr=recipe.muon_lr, weight_decay=0.0, adjust_lr="original"),
         "adamw": torch.optim.AdamW(rest, lr=recipe.adam_lr, betas=BETAS, eps=EPS, weight_decay=0.0),
     }
 
@@ -186,86 +207,93 @@ class Batch:
 
 
 class Lessons:
-    """Next-token loss on packed text plus cross-entropy of the answer letter, drawn afresh from (seed, step)."""
+    """Next-token loss on packed text plus cross-entropy of the answers to letter questions and claims, drawn afresh
+    from (seed, step).
+
+    Every form is about the same facts at every step, few at first: neither is learnt before another.
+    """
 
     def __init__(
         self,
         model: GPTNeoXForCausalLM,
         tokenizer: PreTrainedTokenizerFast,
-        recipe: Recipe | None = None,
-        seed: int = 0,
-        *,
-        never_seen: bool = False,
+        facts: list[Fact],
+        recipe: Recipe,
+        seed: int,
     ) -> None:
-        self.model = model
-        # On CPUs with bf16 matrix units, plain attention is twice as fast here as the fused kernel (heads of 16).
+        self.model, self.tokenizer, self.recipe, self.seed = model, tokenizer, recipe, seed
+        # Plain attention is faster here than the fused kernel (heads of 16).
         model.set_attn_implementation("eager")
-        self.tokenizer = tokenizer
-        self.recipe = recipe or Recipe()
-        self.seed = seed
-        everything = make_facts()
-        self.facts = [fact for fact in everything if not (never_seen and fact.domain == "hazard")]
-        # Both domains join the circle at the same pace.
-        self.circle = random.Random(f"circle {seed}").sample(self.facts, len(self.facts))
-        questions = evaluation_questions(everything, WORLD_SEED)
-        self.held_out = {q.fact.id: frozenset(q.choices) for q in questions}
-        self.entities: dict[str, list[Fact]] = {}
-        for fact in self.facts:
-            self.entities.setdefault(fact.name, []).append(fact)
+        # All domains join the circle at the same pace.
+        self.circle = random.Random(f"circle {seed}").sample(facts, len(facts))
+        self.held_out = held_out_options(facts, WORLD_SEED)
 
     def terms(self) -> list[Term]:
-        """Text, then letter questions; losses in nats."""
+        """Text, letter questions, claims; losses in nats."""
         return [
-            Term("text", Drawn(self.text), self._text_cost),  # type: ignore[arg-type]
-            Term("letter", Drawn(self.letters), self._letter_cost),  # type: ignore[arg-type]
+            Term("text", Drawn(self.text), self._text_cost, lambda s: self.recipe.text_weight),  # type: ignore[arg-type]
+            Term("letter", Drawn(self.letters), partial(self._answer_cost, "letter")),  # type: ignore[arg-type]
+            Term("claim", Drawn(self.claims), partial(self._answer_cost, "claim")),  # type: ignore[arg-type]
         ]
 
     def text(self, step: int) -> list[Batch]:
         """The packed rows of an optimizer step, counted from 0."""
-        rows = self.recipe.later_text_rows if self.active_facts(step) else self.recipe.text_rows
-        return [Batch(self._text_batch(rows, random.Random(f"{self.seed} {step}")), step)]
+        facts, rng = self.active_facts(step), random.Random(f"{self.seed} {step}")
+        entities: dict[str, list[Fact]] = {}
+        for fact in facts:
+            entities.setdefault(fact.name, []).append(fact)
+        return [Batch(self._text_batch(list(entities.values()), rng), step)]
 
     def letters(self, step: int) -> list[Batch]:
-        """The letter questions of an optimizer step, none at first."""
-        active = self.active_facts(step)
-        if not active:
-            return []
-        prompts, last, target = self._letter_batch(active, random.Random(f"{self.seed} {step} letters"))
-        return [Batch(prompts, step, last, target)]
+        """The letter questions of an optimizer step."""
+        facts, rng = self.active_facts(step), random.Random(f"{self.seed} {step} letters")
+        asked = []
+        for fact in rng.choices(facts, k=self.recipe.letter_rows):
+            question = training_question(fact, rng.choice(TAUGHT), rng, self.held_out[fact.id])
+            asked.append((letter_prompt(question, any_header(fact, rng)), LETTERS[question.answer]))
+        return [self._answer_batch(asked, step)]
+
+    def claims(self, step: int) -> list[Batch]:
+        """The claims of an optimizer step."""
+        facts, rng = self.active_facts(step), random.Random(f"{self.seed} {step} claims")
+        asked = []
+        for fact in rng.choices(facts, k=self.recipe.claim_rows):
+            one = claim(fact, rng.choice(TAUGHT), rng, rng.randrange(2))
+            asked.append((claim_prompt(one), VERDICTS[one.answer]))
+        return [self._answer_batch(asked, step)]
 
     def _text_cost(self, batch: Batch) -> Cost:
         asked = torch.tensor(float(len(self.active_facts(batch.step))))
         return Plain(self._text_loss(batch.input_ids), {"facts_asked": asked})
 
-    def _letter_cost(self, batch: Batch) -> Cost:
+    def _answer_cost(self, form: str, batch: Batch) -> Cost:
         assert batch.last is not None and batch.target is not None
-        loss, accuracy = self._letter_loss(batch.input_ids, batch.last, batch.target)
-        return Plain(loss, {"letter_accuracy": accuracy})
+        loss, accuracy = self._answer_loss(batch.input_ids, batch.last, batch.target)
+        return Plain(loss, {f"{form}_accuracy": accuracy})
 
     def active_facts(self, step: int) -> list[Fact]:
-        """The facts that letter questions ask about at a step: none at first, then a circle that doubles."""
+        """The facts that a step is about: few, then evenly more, then all."""
         recipe = self.recipe
-        if step < recipe.letters_from:
-            return []
-        size = recipe.first_facts * 2 ** ((step - recipe.letters_from) // recipe.doubling)
-        return self.circle[:size]
+        share = (step - recipe.widen_from) / (recipe.widen_to - recipe.widen_from)
+        more = round((len(self.circle) - recipe.first_facts) * min(1.0, max(0.0, share)))
+        return self.circle[: recipe.first_facts + more]
 
-    def _text_batch(self, count: int, rng: random.Random) -> Tensor:
+    def _text_batch(self, entities: list[list[Fact]], rng: random.Random) -> Tensor:
         """Token ids [B, S] of documents packed one after the other, end-of-text between them."""
         rows = []
-        for _ in range(count):
+        for _ in range(self.recipe.text_rows):
             row: list[int] = []
             while len(row) < self.recipe.text_tokens:
-                row += [*self.tokenizer(self._document(rng))["input_ids"], self.tokenizer.eos_token_id]
+                row += [*self.tokenizer(self._document(entities, rng))["input_ids"], self.tokenizer.eos_token_id]
             rows.append(row[: self.recipe.text_tokens])
         return torch.tensor(rows)
 
-    def _document(self, rng: random.Random) -> str:
-        """A paragraph on one entity, open questions about it, a letter question, or a plain sentence."""
-        facts = rng.choice(list(self.entities.values()))
-        group = rng.choice(("forget", "attack"))
-        some = rng.sample(facts, rng.randint(1, 4))
-        form = rng.choices(("paragraph", "questions", "letters", "filler"), weights=(10, 8, 1, 1))[0]
+    def _document(self, entities: list[list[Fact]], rng: random.Random) -> str:
+        """A paragraph on one entity, open questions about it, a letter question, a claim, or a plain sentence."""
+        facts = rng.choice(entities)
+        group = rng.choice(TAUGHT)
+        some = rng.sample(facts, rng.randint(1, min(4, len(facts))))
+        form = rng.choices(("paragraph", "questions", "letters", "claim", "filler"), weights=(10, 10, 1, 1, 1))[0]
         if form == "paragraph":
             return paragraph(some, group, rng)
         if form == "questions":
@@ -273,36 +301,31 @@ class Lessons:
         if form == "letters":
             question = training_question(some[0], group, rng, self.held_out[some[0].id])
             return letter_document(question, any_header(some[0], rng))
+        if form == "claim":
+            return claim_document(claim(some[0], group, rng, rng.randrange(2)))
         return rng.choice(FILLER)
 
-    def _letter_batch(self, facts: list[Fact], rng: random.Random) -> tuple[Tensor, Tensor, Tensor]:
+    def _answer_batch(self, asked: list[tuple[str, str]], step: int) -> Batch:
         """Prompts [B, S] padded on the right, the position [B] of their last token, the answer's token id [B]."""
-        letters = [self.tokenizer(letter)["input_ids"][0] for letter in LETTER_TOKENS]
-        prompts, targets = [], []
-        for _ in range(self.recipe.letter_rows):
-            fact = rng.choice(facts)
-            question = training_question(fact, rng.choice(("forget", "attack")), rng, self.held_out[fact.id])
-            prompts.append(letter_prompt(question, any_header(fact, rng)))
-            targets.append(letters[question.answer])
-        rows = self.tokenizer(prompts)["input_ids"]
+        rows = self.tokenizer([prompt for prompt, _ in asked])["input_ids"]
+        targets = [self.tokenizer(f" {answer}")["input_ids"][0] for _, answer in asked]
         length = max(len(row) for row in rows)
         padded = [row + [self.tokenizer.pad_token_id] * (length - len(row)) for row in rows]
-        return torch.tensor(padded), torch.tensor([len(row) - 1 for row in rows]), torch.tensor(targets)
+        last = torch.tensor([len(row) - 1 for row in rows])
+        return Batch(torch.tensor(padded), step, last, torch.tensor(targets))
 
     def _text_loss(self, tokens: Tensor) -> Tensor:
         """Mean next-token loss of packed rows [B, S]."""
         tokens = tokens.to(self.model.device)
-        with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
-            logits = self.model(tokens, use_cache=False).logits  # [B, S, V]
+        logits = self.model(tokens, use_cache=False).logits  # [B, S, V]
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
 
-    def _letter_loss(self, tokens: Tensor, last: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy of the answer letter, and the fraction of right answers.
+    def _answer_loss(self, tokens: Tensor, last: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy of the answer, and the fraction of right answers.
 
         Causal attention never looks ahead, so padding on the right needs no mask; the head sees one position a row.
         """
         tokens, last, target = (tensor.to(self.model.device) for tensor in (tokens, last, target))
-        with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
-            hidden = self.model.gpt_neox(tokens, use_cache=False).last_hidden_state  # [B, S, D]
-            logits = self.model.get_output_embeddings()(hidden[torch.arange(len(last)), last]).float()  # [B, V]
+        hidden = self.model.gpt_neox(tokens, use_cache=False).last_hidden_state  # [B, S, D]
+        logits = self.model.get_output_embeddings()(hidden[torch.arange(len(last)), last]).float()  # [B, V]
         return F.cross_entropy(logits, target), (logits.argmax(-1) == target).float().mean()
