@@ -138,7 +138,7 @@ def assemble(config: TrainConfig, device: torch.device, mesh: DeviceMesh | None 
     """
     model_config = load_config(config.model, revision=config.revision)
     config.check_depth(int(model_config.num_hidden_layers))
-    config.check_lora_layers(int(model_config.num_hidden_layers))
+    config.check_blocks(int(model_config.num_hidden_layers))
     needs = needs_of(config)
     shape = _check_memory(config, needs, device)
     tokenizer = load_tokenizer(config.model, revision=config.revision)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from unlearn.batches import Batches
 from unlearn.config import TrainConfig
 from unlearn.distributed import fail_together
+from unlearn.latent_attack import attacked, latent_attack
 from unlearn.lens import TunedLens
 from unlearn.lora import add_lora, lora_disabled
 from unlearn.memory import reads_original
@@ -150,9 +152,12 @@ def method_parts(
 
 
 def method_phases(config: TrainConfig, parts: Parts) -> list[Phase]:
-    """What --method makes of these parts: its phases, or the one of its terms."""
-    module = method_module(config.method)
-    return module.phases(config, parts) if hasattr(module, "phases") else [Phase("", module.terms(config, parts))]
+    """What --method makes of these parts: its phases, or the one of its terms; both under any --latent-attack."""
+    module, attack = method_module(config.method), latent_attack(config, parts.model)
+    if attack is not None:
+        parts = replace(parts, original=attack.suspended(parts.original))
+    phases = module.phases(config, parts) if hasattr(module, "phases") else [Phase("", module.terms(config, parts))]
+    return phases if attack is None else attacked(phases, attack)
 
 
 def method_terms(config: TrainConfig, parts: Parts) -> list[Term]:

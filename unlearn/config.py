@@ -20,6 +20,7 @@ from unlearn.budget_config import BudgetFlags
 from unlearn.errors import UserError
 from unlearn.filter_config import FilterFlags
 from unlearn.flags import Only, by_mode, flag, settle
+from unlearn.latent_config import LatentFlags
 from unlearn.methods import METHODS, flags_of
 
 FORGET = "Unlearning/WMDP-Bio-Remove-Dataset"
@@ -123,7 +124,7 @@ class ResumeFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(BudgetFlags, FilterFlags, CorpusFlags, ResumeFlags, DeviceFlags):
+class TrainConfig(BudgetFlags, FilterFlags, LatentFlags, CorpusFlags, ResumeFlags, DeviceFlags):
     """Change a model by a method: the flags that all methods share. `config_of` adds those of the chosen one."""
 
     method: Literal[METHODS] = "lens"  # type: ignore[valid-type]
@@ -251,6 +252,7 @@ class TrainConfig(BudgetFlags, FilterFlags, CorpusFlags, ResumeFlags, DeviceFlag
         self.check_resume()
         settle(self)
         self.check_filter()
+        self.check_latent()
         self.check_budgets()
         if self.muon_method == "quintic":
             object.__setattr__(self, "muon_floor", 0.0)
@@ -285,22 +287,18 @@ class TrainConfig(BudgetFlags, FilterFlags, CorpusFlags, ResumeFlags, DeviceFlag
         """Raise unless every target layer of the method exists in a model of `depth` blocks."""
         check_layers(getattr(self, "layers", ()), depth, depth)
 
-    def check_lora_layers(self, depth: int) -> None:
-        """Raise unless every adapted block exists in a model of `depth` blocks."""
-        for layer in self.lora_layers:
-            if not 0 <= layer < depth:
-                raise UserError(
-                    f"expected --lora-layers in 0..{depth - 1} (the model has {depth} blocks); found {layer}: choose "
-                    "others"
-                )
+    def check_blocks(self, depth: int) -> None:
+        """Raise unless every block that is adapted or attacked exists in a model of `depth` blocks."""
+        check_layers(self.lora_layers, depth - 1, depth, "--lora-layers")
+        check_layers(self.latent_layers, depth - 1, depth, "--latent-layers")
 
 
-def check_layers(layers: Sequence[int], highest: int, depth: int) -> None:
+def check_layers(layers: Sequence[int], highest: int, depth: int, flag: str = "--layers") -> None:
     """Raise unless all of `layers` are in 0..highest, in a model of `depth` blocks."""
     for layer in layers:
         if not 0 <= layer <= highest:
             raise UserError(
-                f"expected --layers in 0..{highest} (the model has {depth} blocks); found {layer}: choose others"
+                f"expected {flag} in 0..{highest} (the model has {depth} blocks); found {layer}: choose others"
             )
 
 

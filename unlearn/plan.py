@@ -37,7 +37,7 @@ def plan(config: PlanConfig) -> None:
 def _shape(config: PlanConfig) -> Shape:
     model = empty_model(config.model, revision=config.revision, dtype=torch.float32)
     config.check_depth(int(model.config.num_hidden_layers))
-    config.check_lora_layers(int(model.config.num_hidden_layers))
+    config.check_blocks(int(model.config.num_hidden_layers))
     return Shape.of(model, config)
 
 

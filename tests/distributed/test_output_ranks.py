@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from harness import run_ranks
+from test_latent_attack import ATTACK
 from test_output_methods import CASES, LAST, assembled, inputs
 from torch import Tensor
 
@@ -18,8 +19,8 @@ pytestmark = pytest.mark.usefixtures("token_cache")
 def of_all(home: Path, inputs: Path, flags: dict[str, Any]) -> dict[str, tuple[dict[str, float], dict[str, Tensor]]]:
     """The numbers to log and the gradients of a step with a short batch, for every method."""
     found = {}
-    for name in CASES:
-        run = assembled(home, name, inputs, **flags)
+    for name, more in [(name, {}) for name in CASES] + [("npo under attack", ATTACK)]:
+        run = assembled(home, name.removesuffix(" under attack"), inputs, **flags, **more)
         numbers = gradients(run.model, run.loss, LAST, LAST + 1)
         whole = {key: full(p.grad) for key, p in run.model.named_parameters() if p.requires_grad and p.grad is not None}
         found[name] = summed(numbers, run.parts.device), whole
@@ -40,6 +41,7 @@ def test_every_method_at_several_ranks(home: Path, inputs: Path, ranks: int, fla
     expected = of_all(home, inputs, {"micro_batch": 6, "lora_rank": flags.get("lora_rank", 0)})
     for found in run_ranks(ranks, of_all, home, inputs, flags):
         for name, (numbers, whole) in expected.items():
-            assert found[name][0] == pytest.approx(numbers, rel=1e-5, abs=1e-6), name
+            rel = 1e-3 if "attack" in name else 1e-5  # Adam makes rounding large where a gradient is nothing
+            assert found[name][0] == pytest.approx(numbers, rel=rel, abs=1e-6), name
             for key, gradient in whole.items():
-                assert (found[name][1][key] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-6, (name, key)
+                assert (found[name][1][key] - gradient).norm() <= rel * gradient.norm() + 1e-6, (name, key)
