@@ -12,7 +12,6 @@ from numpy.typing import ArrayLike, NDArray
 from evals.judge.stats import DRAWS, SEED, Interval, mean_interval
 
 SPLITS = 200  # of the questions into halves
-FLIPS = 10_000
 CHUNK = 1_000  # draws at once: 1,000 x 2,000 questions of 8 bytes are 16 MB
 
 Table = NDArray[np.float64]
@@ -77,11 +76,11 @@ def difference(
     rest = 1e-12  # what adding the same numbers in another order leaves
     tail = min(int((drawn <= rest).sum()), int((drawn >= -rest).sum()))
     paired = other.mean(axis=0) - one.mean(axis=0)
-    p = max(min(1.0, 2 * (1 + tail) / (draws + 1)), sign_flips(paired, seed=seed))
+    p = max(min(1.0, 2 * (1 + tail) / (draws + 1)), sign_flips(paired, draws=draws, seed=seed))
     return float(paired.mean()), (float(low), float(high)), p
 
 
-def sign_flips(differences: ArrayLike, *, draws: int = FLIPS, seed: int = SEED) -> float:
+def sign_flips(differences: ArrayLike, *, draws: int = DRAWS, seed: int = SEED) -> float:
     """p of a mean as far from 0 as that of these paired differences, if each could as well have the other sign.
 
     Fisher's randomisation test, by `draws` random signs; with differences of -1, 0, 1 it is McNemar's exact test.
@@ -111,19 +110,35 @@ def read_elsewhere(earned: ArrayLike, *, splits: int = SPLITS, seed: int = SEED)
     Raises:
         ValueError: there is no attacker, or only one question.
     """
-    table = np.asarray(earned, dtype=float)
-    if table.ndim != 3 or 0 in table.shape or table.shape[2] < 2:
-        raise ValueError(f"expected [attackers, seeds, questions] with two questions or more; found {table.shape}")
-    by_question, questions = table.mean(axis=1), table.shape[2]
-    generator, total = np.random.default_rng(seed), np.zeros(table.shape[1:])
-    for _ in range(splits):
-        order = generator.permutation(questions)
-        halves = order[: questions // 2], order[questions // 2 :]
-        for chosen_by, read in (halves, halves[::-1]):
-            scores = by_question[:, chosen_by].mean(axis=1)
-            best = scores >= scores.max() - 1e-12
-            total[:, read] += table[best][:, :, read].mean(axis=0)
-    return total / splits
+    table = _attackers(earned)
+    by_question, questions = table.mean(axis=1), table.shape[2]  # [attackers, questions]
+    ranks = np.random.default_rng(seed).random((splits, questions)).argsort(axis=1).argsort(axis=1)
+    first = ranks < questions // 2  # [splits, questions]
+    weights = np.zeros(by_question.shape)  # of each attacker on each question, over all splits
+    for chosen_by in (first, ~first):
+        scores = chosen_by @ by_question.T / chosen_by.sum(axis=1, keepdims=True)  # [splits, attackers]
+        best = scores >= scores.max(axis=1, keepdims=True) - 1e-9
+        weights += (best / best.sum(axis=1, keepdims=True)).T @ ~chosen_by
+    return np.einsum("aq,asq->sq", weights, table) / splits
+
+
+def read_on_the_other_half(earned: ArrayLike, *, seed: int = SEED) -> Table:
+    """What the best attacker by one half of the questions earns on the other half: for tests.
+
+    The questions that are read had no say, so a test on them keeps its level. Reading both halves crosswise, let alone
+    the mean over many splits, would not: their sum varies more than the questions tell.
+
+    Args:
+        earned: see `read_elsewhere`. seed: of the split, which is the same for tables of as many questions.
+
+    Returns:
+        [seeds, questions of the other half].
+    """
+    table = _attackers(earned)
+    order = np.random.default_rng(seed).permutation(table.shape[2])
+    half = len(order) // 2
+    scores = table[:, :, order[:half]].mean(axis=(1, 2))
+    return table[scores >= scores.max() - 1e-9][:, :, order[half:]].mean(axis=0)
 
 
 def luck_of_the_best(earned: ArrayLike, *, splits: int = SPLITS, seed: int = SEED) -> float:
@@ -134,6 +149,13 @@ def luck_of_the_best(earned: ArrayLike, *, splits: int = SPLITS, seed: int = SEE
     """
     table = np.asarray(earned, dtype=float)
     return float(table.mean(axis=(1, 2)).max() - read_elsewhere(table, splits=splits, seed=seed).mean())
+
+
+def _attackers(earned: ArrayLike) -> Table:
+    table = np.asarray(earned, dtype=float)
+    if table.ndim != 3 or 0 in table.shape or table.shape[2] < 2:
+        raise ValueError(f"expected [attackers, seeds, questions] with two questions or more; found {table.shape}")
+    return table
 
 
 def _table(earned: ArrayLike) -> Table:
