@@ -17,12 +17,17 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 from launch.compare_config import Comparison, read_comparison
 from launch.compare_runs import control_names, disk_needed, measure_before, run_control, run_method
+from launch.report import missing_packages
 from unlearn.errors import UserError, run_command
-from unlearn.files import write_json, writing
+from unlearn.files import write_json, write_text, writing
 from unlearn.run.lock import LOCK, locked
+
+if TYPE_CHECKING:
+    from launch.compare_read import Row, Seed
 
 
 def main() -> None:
@@ -53,6 +58,46 @@ def compare(comparison: Comparison) -> None:
         work = [partial(run_control, comparison, name) for name in control_names(comparison)]
         work += [partial(run_method, comparison, method, before) for method in comparison.config.methods]
         _together(work, comparison.config.jobs)
+        found = write_results(comparison)
+    print("\n".join(["", *found["verdict"], *found["warnings"], "", f"Results in {folder}: table.md, compare.json"]))
+
+
+def write_results(comparison: Comparison) -> dict[str, Any]:
+    """Write compare.json, table.md and, where it can be drawn, report.html, of what has come to its end."""
+    from launch.compare_read import read_rows
+    from launch.compare_results import Rules, results
+    from launch.compare_table import table, verdict, warnings
+
+    config, (methods, controls) = comparison.config, read_rows(comparison)
+    rules = Rules(config.hazard, config.general, config.general_drop, config.split_by is not None)
+    rows = (*methods, *controls)
+    found = results(methods, controls, rules)
+    found |= {"verdict": verdict(found, rules), "warnings": warnings(config)}
+    found["warnings"] += [f"{row.name}: {note}" for row in rows for note in row.notes]
+    found["trials"] = {row.name: row.chosen["trials"] for row in methods if row.chosen}
+    found["settings"] = {row.name: row.chosen["values"] for row in methods if row.chosen}
+    found["commands"] = {row.name: commands(row) for row in rows}
+    found["digests"] = {
+        row.name: [{n: f["identity"] for n, f in seed.files.items()} for seed in row.seeds] for row in rows
+    }
+    found["comparison"] = comparison.identity() | {"seeds": config.seeds, "trials": config.trials}
+    write_json(comparison.folder / "compare.json", found)
+    write_text(comparison.folder / "table.md", table(found, rules))
+    if not missing_packages():
+        from launch.report.compare_page import render_comparison
+
+        write_text(comparison.folder / "report.html", render_comparison(comparison.folder.name, found, rules))
+    return found
+
+
+def digests(seed: "Seed") -> dict[str, Any]:
+    """Of everything that the training of a model and each attack on it have read."""
+    return {name: file["identity"] for name, file in seed.files.items()}
+
+
+def commands(row: "Row") -> list[str]:
+    """The exact commands that made and attacked a row's models."""
+    return [file["attempts"][-1]["command"] for seed in row.seeds for file in seed.files.values() if file["attempts"]]
 
 
 def _names(folder: Path) -> list[str]:
