@@ -273,6 +273,11 @@ def read_comparison(arguments: Sequence[str] | None = None) -> Comparison:
             able = ", ".join(name for name in METHODS if tuning_of(name))
             raise UserError(f"expected --methods that say what to tune; found {method!r}: choose among {able}")
     strange = set(found.method_flags) - {*config.methods, ORACLE}
+    taken = {ORIGINAL, RANDOM, RESET, ORACLE} & found.controls.keys()
+    if taken:
+        raise UserError(
+            f"expected --control under another name; found {min(taken)!r}, which is always there: rename it"
+        )
     if strange:
         raise UserError(f"expected --method-flags of one of --methods; found those of {min(strange)!r}: leave them out")
     _refuse_own(found)
@@ -306,7 +311,7 @@ def _named(flag: str, texts: Sequence[str]) -> dict[str, str]:
         name, equals, rest = text.partition("=")
         if not equals or not rest.strip() or not name.replace("-", "").replace("_", "").isalnum():
             raise UserError(f"expected {flag} as NAME=..., a name of letters and digits; found {text!r}: name it")
-        if name in found or (flag == "--control" and name in (ORIGINAL, RANDOM, RESET, ORACLE)):
+        if name in found:
             raise UserError(f"expected every {flag} under a name of its own; found {name!r} taken: rename it")
         found[name] = rest
     return found

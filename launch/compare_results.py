@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evals.judge.resample import accuracy_interval, difference, read_elsewhere
+from evals.judge.resample import accuracy_interval, difference, read_elsewhere, read_on_the_other_half
 from evals.judge.stats import holm, wilson_interval
 from evals.judge.survival import Duration, kaplan_meier, log_rank, median
 from launch.compare_config import NEVER_SEEN, ORIGINAL, RANDOM
@@ -100,9 +100,8 @@ def worst(row: Row, rules: Rules, task: str, part: str | None, *, floor: bool) -
     table = row.earned(candidates, task, part)
     scores = table.mean(axis=(1, 2))
     best = int(scores.argmax())
-    return Worst(
-        float(scores[best]), *candidates[best], read_elsewhere(table), read_elsewhere(table, splits=1), len(candidates)
-    )
+    half = read_on_the_other_half(table)
+    return Worst(float(scores[best]), *candidates[best], read_elsewhere(table), half, len(candidates))
 
 
 def destroys(row: Row, rules: Rules) -> list[str]:

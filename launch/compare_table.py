@@ -37,8 +37,8 @@ def _who_differs(found: Mapping[str, Any]) -> Iterator[str]:
     sure = [pair for pair in pairs if pair["p"] < SURE]
     if not sure:
         yield (
-            f"No method differs from another: of {len(pairs)} comparisons, on the same {pairs[0]['questions']} "
-            f"of a task, none has p < {SURE:g} after Holm's correction."
+            f"No method differs from another: of {len(pairs)} comparisons, on {pairs[0]['questions']} questions of a "
+            f"task, none has p < {SURE:g} after Holm's correction."
         )
     for pair in sorted(sure, key=lambda pair: -abs(pair["difference"])):
         less, more = pair["first"], pair["second"]
@@ -57,7 +57,7 @@ def _what_comes_back(found: Mapping[str, Any], rules: Rules) -> Iterator[str]:
     if row["score"] is None:
         return
     task = row["score_task"]
-    words = f"Least comes back after {first}: {_percent(row['score'])} % of {task} ({rules.main}), by the best attacker"
+    words = f"Ranked first is {first}: {_percent(row['score'])} % of {task} ({rules.main}), by the best attacker"
     for name, what in ((NEVER_SEEN, "a model that never saw the text"), (RESET, "the control reset")):
         if name in rows and name != first:
             words += f"; {what} {_worst(rows[name], rules, task)} %"

@@ -76,7 +76,7 @@ def test_settings_are_drawn_without_replacement_and_more_trials_begin_alike(tmp_
         ("--method-flags=rmu=--layers\n2", "simnpo", "found those of 'rmu'"),
         ("--attackers=--adam-lr\n1e-3", "simnpo", "expected --attackers as NAME=..."),
         ("--attackers=x=--nonsense\n1", "simnpo", "nonsense"),
-        ("--control random=x/y", "simnpo", "found 'random' taken"),
+        ("--control random=x/y", "simnpo", "found 'random', which is always there"),
         ("--seeds 0", "simnpo", "expected --seeds of 1 or more"),
         ("--env isambard", "simnpo", "--env has no effect without --submit"),
     ],
