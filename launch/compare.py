@@ -13,7 +13,7 @@ import json
 import shutil
 import signal
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -22,12 +22,15 @@ from typing import TYPE_CHECKING, Any
 from launch.compare_config import Comparison, read_comparison
 from launch.compare_runs import control_names, disk_needed, measure_before, run_control, run_method
 from launch.report import missing_packages
+from launch.trials import stop_within
 from unlearn.errors import UserError, run_command
 from unlearn.files import write_json, write_text, writing
 from unlearn.run.lock import LOCK, locked
 
 if TYPE_CHECKING:
     from launch.compare_read import Row, Seed
+
+PATIENCE = 10.0  # seconds that a run has to save where it is, before it is told to stop again
 
 
 def main() -> None:
@@ -57,7 +60,7 @@ def compare(comparison: Comparison) -> None:
         before = measure_before(comparison)
         work = [partial(run_control, comparison, name) for name in control_names(comparison)]
         work += [partial(run_method, comparison, method, before) for method in comparison.config.methods]
-        _together(work, comparison.config.jobs)
+        _together(work, comparison.config.jobs, folder)
         found = write_results(comparison)
     print("\n".join(["", *found["verdict"], *found["warnings"], "", f"Results in {folder}: table.md, compare.json"]))
 
@@ -135,8 +138,8 @@ def _check_disk(comparison: Comparison) -> None:
         )
 
 
-def _together(work: Sequence[Callable[[], None]], jobs: int) -> None:
-    """Do all of it, so many at a time; the first mistake ends what has not begun."""
+def _together(work: Sequence[Callable[[], None]], jobs: int, folder: Path) -> None:
+    """Do all of it, so many at a time; the first mistake, or a signal, stops what is at work in `folder`."""
     if jobs == 1:
         for one in work:
             one()
@@ -146,8 +149,13 @@ def _together(work: Sequence[Callable[[], None]], jobs: int) -> None:
         try:
             for future in as_completed(futures):
                 future.result()
-        finally:
+        except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            left = set(futures)
+            while left:  # a command may begin while the others are being stopped
+                stop_within(folder)
+                left = wait(left, timeout=PATIENCE).not_done
+            raise
 
 
 if __name__ == "__main__":

@@ -246,6 +246,15 @@ def end_leftovers(folder: Path) -> None:
         time.sleep(0.1)
 
 
+def stop_within(folder: Path) -> None:
+    """Tell the processes of all trials inside `folder` to stop (where /proc shows them)."""
+    mark = f"{MARK}={folder.resolve()}/".encode()
+    for pid, environment in _environments():
+        if any(word.startswith(mark) for word in environment):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+
+
 def _environments() -> list[tuple[int, list[bytes]]]:
     """Process ids and environments of the processes that this user may look into."""
     found = []

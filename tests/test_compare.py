@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from launch.compare import _together
 from launch.compare_config import Comparison, read_comparison, without_unread_text
 from launch.compare_read import NO_ATTACK, Point, Row, Seed
 from launch.compare_results import Rules, destroys, durations, recovery_bounds, results, worst
 from launch.compare_runs import carry_out, choose, disk_needed, judge_trial
 from launch.compare_table import table, verdict
-from launch.trials import CommandFailed
+from launch.trials import CommandFailed, run
 from unlearn.config import METHODS, parse_method_flags
 from unlearn.errors import UserError
 from unlearn.grid import read_grid, typed
@@ -238,6 +239,30 @@ def test_the_disk_is_known_before(tmp_path: Path) -> None:
     found = disk_needed(comparison(tmp_path, "--seeds", "3", train=("--model", str(model))))
     assert found is not None and (found.kept, found.at_work) == (7000, 13000)
     assert disk_needed(comparison(tmp_path, train=("--model", "owner/name"))) is None
+
+
+def test_a_mistake_in_one_method_stops_what_is_at_work_beside_it(tmp_path: Path) -> None:
+    """The other command is told to stop, which is no failure of its own: the next start goes on with it."""
+    script, begun = tmp_path / "sleep.py", tmp_path / "begun"
+    script.write_text(f"import pathlib, time\npathlib.Path({str(begun)!r}).touch()\ntime.sleep(600)\n")
+    ends: list[str] = []
+
+    def sleep() -> None:
+        try:
+            run([str(script)], 1, tmp_path / "methods" / "sleep.log")
+        except UserError as error:
+            ends.append(str(error))
+            raise
+
+    def fail() -> None:
+        while not begun.exists():
+            time.sleep(0.05)
+        raise UserError("expected one thing; found another")
+
+    (tmp_path / "methods").mkdir()
+    with pytest.raises(UserError, match="expected one thing"):
+        _together([sleep, fail], 2, tmp_path)
+    assert len(ends) == 1 and "told to stop" in ends[0]
 
 
 def test_help_answers_without_torch() -> None:
