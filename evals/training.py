@@ -11,7 +11,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from evals.evaluation import Evaluation
-from evals.judge.summary import summarise, write_summary
+from evals.judge.summary import summarise, write_earned, write_summary
 from unlearn.assemble import Unlearning, announce, assemble, fill_models
 from unlearn.config import TrainConfig
 from unlearn.cost import CpuTime, Passes, peak_gib
@@ -36,6 +36,7 @@ class Training:
         run: its folder and checkpoints. evaluation: of the live model; None without --eval-tasks.
         identity: digests of everything that is read.
         wanted: tasks of which every measurement must give an accuracy.
+        keeps_answers: every measurement also keeps which questions were answered right.
         left_out: steps of each phase that its stop rule left out.
     """
 
@@ -44,6 +45,7 @@ class Training:
     evaluation: Evaluation | None
     identity: dict[str, str]
     wanted: Sequence[str]
+    keeps_answers: bool = False
     left_out: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -178,6 +180,8 @@ class Training:
             result = self.evaluation.run(found.model, name=f"{found.config.model} after {taken} steps")
         written = write_summary(result, measurement(self.folder, step), found.config.split_by)
         log.write({"step": step, **written})
+        if self.keeps_answers:
+            write_earned(result, answers_file(self.folder, step), found.config.split_by)
         missing = [task for task in self.wanted if f"{task}/acc" not in written]
         if missing:
             others = ", ".join([name.removesuffix("/acc") for name in written][:6])
@@ -192,6 +196,11 @@ def measurement(folder: Path, step: int) -> Path:
     return folder / "evals" / f"step-{step:06d}.json"
 
 
+def answers_file(folder: Path, step: int) -> Path:
+    """The file of what each question earned in a run's measurement after `step` optimizer steps."""
+    return folder / "evals" / f"answers-{step:06d}.json"
+
+
 @contextmanager
 def opened(
     config: TrainConfig,
@@ -202,12 +211,13 @@ def opened(
     marker: Path | None = None,
     own: frozenset[str] = RUN,
     wanted: Sequence[str] = (),
+    keeps_answers: bool = False,
 ) -> Iterator[Training]:
     """Take a run's folder for the length of the block, and read all that it needs but weights.
 
     Args:
         evaluation: of the same flags, if there is one already. mesh: see `assemble`. marker, own: see `opened_run`.
-        wanted: see `Training`.
+        wanted, keeps_answers: see `Training`.
 
     Raises:
         UserError: a mistake in what the flags name; the folder is not for this run.
@@ -219,4 +229,4 @@ def opened(
             model_config = load_config(config.model, revision=config.revision)
             evaluation = Evaluation.of(config, found.tokenizer, model_config)
         questions = {} if evaluation is None else {"questions": evaluation.sha256()}
-        yield Training(found, run, evaluation, found.identity | questions, wanted)
+        yield Training(found, run, evaluation, found.identity | questions, wanted, keeps_answers)

@@ -13,9 +13,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from launch import jobs
+from launch.jobs import Slurm
 from launch.search import Values, classify
 from launch.sweep_config import Sweep
 from unlearn.errors import UserError
@@ -28,6 +29,22 @@ NUMBERS = ("acc", "interval", "questions", "debiased", "debiased_interval", "pre
 STOPPED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 Record = dict[str, Any]
+
+
+class Where(Protocol):
+    """Flags that say where commands run: on so many ranks here, or as Slurm jobs."""
+
+    @property
+    def ranks(self) -> int | None: ...
+    @property
+    def slurm(self) -> Slurm | None: ...
+
+
+class Commands(Protocol):
+    """What has commands to run: a sweep, a comparison."""
+
+    @property
+    def config(self) -> Where: ...
 
 
 class CommandFailed(Exception):
@@ -132,7 +149,7 @@ def evaluation_words(sweep: Sweep, model: Path, out: Path, subsample: bool = Fal
     return words + (["--subsample", str(config.subsample)] if subsample else [])
 
 
-def command_line(sweep: Sweep, words: Sequence[str]) -> str:
+def command_line(sweep: Commands, words: Sequence[str]) -> str:
     """The command as a user types it, from the repository's folder."""
     ranks, slurm = sweep.config.ranks or 1, sweep.config.slurm
     if slurm is not None:
@@ -141,7 +158,7 @@ def command_line(sweep: Sweep, words: Sequence[str]) -> str:
     return shlex.join([*start, *words])
 
 
-def execute(sweep: Sweep, words: Sequence[str], log: Path) -> None:
+def execute(sweep: Commands, words: Sequence[str], log: Path) -> None:
     """Run one command, here or as a Slurm job, its output in `log`.
 
     Raises:
@@ -209,14 +226,14 @@ def _reason(text: str, code: int) -> str:
 def clear(folder: Path) -> None:
     """Make `folder` empty, after ending what still writes to it."""
     jobs.check_none_at_work(folder)
-    _end_leftovers(folder)
+    end_leftovers(folder)
     with writing(folder):
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
 
 
-def _end_leftovers(folder: Path) -> None:
+def end_leftovers(folder: Path) -> None:
     """End the processes of this trial that outlived a killed sweep (where /proc shows them)."""
     mark = f"{MARK}={folder.resolve()}".encode()
     deadline = time.monotonic() + 30.0
@@ -227,6 +244,15 @@ def _end_leftovers(folder: Path) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.1)
+
+
+def stop_within(folder: Path) -> None:
+    """Tell the processes of all trials inside `folder` to stop (where /proc shows them)."""
+    mark = f"{MARK}={folder.resolve()}/".encode()
+    for pid, environment in _environments():
+        if any(word.startswith(mark) for word in environment):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
 
 
 def _environments() -> list[tuple[int, list[bytes]]]:

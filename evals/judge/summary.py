@@ -208,3 +208,26 @@ def write_summary(result: dict[str, Any], path: Path, split_by: str | None = Non
                 path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, summary)
     return {f"{name}/acc": values["acc"] for name, values in summary.items()}
+
+
+def write_earned(result: dict[str, Any], path: Path, split_by: str | None = None) -> None:
+    """Write what each question earned, as JSON (rank 0), for pairing two models question by question.
+
+    {task or group: {"ids": of the questions, "earned": 0 to 1 each, "parts": the column `split_by` of each, or None}}.
+    """
+    answers: Mapping[str, Answers] = result["answers"]
+    tasks = {task: _earned(found, result["samples"][task], split_by) for task, found in answers.items()}
+    groups = group_pools(tasks, result.get("group_subtasks", {}))
+    joined = {
+        name: {key: [value for part in parts for value in part[key]] for key in ("ids", "earned", "parts")}
+        for name, parts in groups.items()
+    }
+    with fail_together():
+        if is_main():
+            write_json(path, tasks | joined)
+
+
+def _earned(found: Answers, samples: list[Any], split_by: str | None) -> dict[str, list[Any]]:
+    documents = [sample["doc"] for sample in samples[: len(found.ids) : found.orders]]
+    parts = [str(one[split_by]) if split_by in one else None for one in documents]
+    return {"ids": found.ids[:: found.orders], "earned": found.shares_right(), "parts": parts}

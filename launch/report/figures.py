@@ -44,7 +44,7 @@ def curve(lines: Sequence[dict[str, Any]], keys: Sequence[str], label: str, *, l
     if not shown:
         return ""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes("optimizer step", label)
+        figure, axes = new_axes("optimizer step", label)
         for key in shown:
             pairs = [(line["step"], line[key]) for line in lines if key in line]
             axes.plot(*zip(*pairs, strict=True), label=key, linewidth=1.2)
@@ -54,7 +54,7 @@ def curve(lines: Sequence[dict[str, Any]], keys: Sequence[str], label: str, *, l
             axes.yaxis.set_minor_formatter(NullFormatter())
         if len(shown) > 1:
             axes.legend()
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def entropy_map(lines: Sequence[dict[str, Any]]) -> str:
@@ -65,19 +65,19 @@ def entropy_map(lines: Sequence[dict[str, Any]]) -> str:
     layers = sorted(int(key.removeprefix("entropy/")) for key in logged[0] if key.startswith("entropy/"))
     values = np.array([[line[f"entropy/{layer}"] for line in logged] for layer in layers])
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes("optimizer step", "layer")
+        figure, axes = new_axes("optimizer step", "layer")
         steps = [line["step"] for line in logged]
         extent = (steps[0] - 0.5, steps[-1] + 0.5, -0.5, len(layers) - 0.5)
         image = axes.imshow(values, aspect="auto", origin="lower", interpolation="nearest", extent=extent)
         axes.set_yticks(range(len(layers)), list(map(str, layers)))
         figure.colorbar(image, ax=axes, label="nats")
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def accuracies(stages: dict[str, Tasks], tasks: Sequence[str]) -> str:
     """Accuracy with its 95 % interval: a row for each task, a mark for each stage."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes("accuracy", "", height=0.9 + 0.18 * len(tasks) * (1 + len(stages)))
+        figure, axes = new_axes("accuracy", "", height=0.9 + 0.18 * len(tasks) * (1 + len(stages)))
         offsets = np.linspace(-0.25, 0.25, len(stages)) if len(stages) > 1 else [0.0]
         for index, ((stage, measured), offset) in enumerate(zip(stages.items(), offsets, strict=True)):
             rows = [row for row, task in enumerate(tasks) if task in measured]
@@ -90,41 +90,41 @@ def accuracies(stages: dict[str, Tasks], tasks: Sequence[str]) -> str:
                 fmt="os^Dv<>"[index % 7],
                 markersize=4,
                 clip_on=False,
-                label=_short(stage),
+                label=short(stage),
             )
-        axes.set_yticks(range(len(tasks)), list(map(_short, tasks)))
+        axes.set_yticks(range(len(tasks)), list(map(short, tasks)))
         axes.set(xlim=(0, 1.02), ylim=(len(tasks) - 0.5, -0.5))
         _mark_chance(axes.axvline)
         figure.legend(loc="outside upper center", ncols=3)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def course(points: Sequence[tuple[int, Tasks]], tasks: Sequence[str], label: str) -> str:
     """Accuracy against steps with its 95 % interval, a line for each task."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes(label, "accuracy")
+        figure, axes = new_axes(label, "accuracy")
         for task in tasks:
             found = [(step, measured[task]) for step, measured in points if task in measured]
             if found:
-                _band(axes, found, task)
-        return _finished(figure, axes)
+                band(axes, found, task)
+        return finished(figure, axes)
 
 
-def _band(axes: Axes, found: Sequence[tuple[int, dict[str, Any]]], label: str) -> None:
+def band(axes: Axes, found: Sequence[tuple[int, dict[str, Any]]], label: str) -> None:
     """A line of accuracies by step, with its 95 % interval."""
     steps = [step for step, _ in found]
-    (line,) = axes.plot(steps, [value["acc"] for _, value in found], "o-", markersize=3, label=_short(label))
+    (line,) = axes.plot(steps, [value["acc"] for _, value in found], "o-", markersize=3, label=short(label))
     low, high = zip(*(value["interval"] for _, value in found), strict=True)
     axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
-def _finished(figure: Figure, axes: Axes, columns: int = 2) -> str:
+def finished(figure: Figure, axes: Axes, columns: int = 2) -> str:
     """A picture of accuracies against steps, with all that they share."""
     axes.set_ylim(0, 1.02)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _mark_chance(axes.axhline)
     figure.legend(loc="outside upper center", ncols=columns)
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def letters(stages: dict[str, Tasks], task: str) -> str:
@@ -138,15 +138,15 @@ def letters(stages: dict[str, Tasks], task: str) -> str:
     count = max(map(len, bars.values()))
     names = next((value["letters"] for value in found.values() if "letters" in value), range(1, count + 1))
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes("choice", "share of answers")
+        figure, axes = new_axes("choice", "share of answers")
         width = 0.8 / len(bars)
         for index, (stage, shares) in enumerate(bars.items()):
             places = np.arange(len(shares)) + (index - (len(bars) - 1) / 2) * width
-            axes.bar(places, shares, width, label=_short(stage))
-        axes.set_xticks(range(count), [_short(str(name)) for name in names][:count])
+            axes.bar(places, shares, width, label=short(stage))
+        axes.set_xticks(range(count), [short(str(name)) for name in names][:count])
         axes.set_ylim(0, 1)
         figure.legend(loc="outside upper center", ncols=2)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def attack_course(attack: Attack, tasks: Sequence[str]) -> str:
@@ -157,10 +157,10 @@ def attack_course(attack: Attack, tasks: Sequence[str]) -> str:
 def attack_curves(curves: dict[str, list[dict[str, Any]]], task: str) -> str:
     """One task's recovery under each of several attacks, given by name as the points of attack.json."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes("optimizer steps of the attack", _short(task), height=SIZE[1] + 0.12 * len(curves))
+        figure, axes = new_axes("optimizer steps of the attack", short(task), height=SIZE[1] + 0.12 * len(curves))
         for name, points in curves.items():
-            _band(axes, [(point["step"], point["tasks"][task]) for point in points], name)
-        return _finished(figure, axes, columns=1)
+            band(axes, [(point["step"], point["tasks"][task]) for point in points], name)
+        return finished(figure, axes, columns=1)
 
 
 def envelope(subjects: dict[str, Any], task: str) -> str:
@@ -170,15 +170,15 @@ def envelope(subjects: dict[str, Any], task: str) -> str:
         subjects: of attack.json, the unlearned model first.
     """
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes("optimizer steps of the attack", _short(task))
+        figure, axes = new_axes("optimizer steps of the attack", short(task))
         for attack in next(iter(subjects.values()))["attacks"].values():
             pairs = [(point["step"], point["tasks"][task]["acc"]) for point in attack["points"]]
             axes.plot(*zip(*pairs, strict=True), color="#7f8a99", linewidth=0.6, alpha=0.7)
         for name, subject in subjects.items():
             reached = [best for best in subject["envelope"][task] if best["acc"] is not None]
             if reached:
-                _band(axes, [(best["step"], best) for best in reached], f"{name}, best of {len(subject['attacks'])}")
-        return _finished(figure, axes)
+                band(axes, [(best["step"], best) for best in reached], f"{name}, best of {len(subject['attacks'])}")
+        return finished(figure, axes)
 
 
 def training_course(during: Sequence[tuple[int, Measurement]], tasks: Sequence[str]) -> str:
@@ -190,7 +190,7 @@ def training_course(during: Sequence[tuple[int, Measurement]], tasks: Sequence[s
 def frontier(trials: Sequence[dict[str, Any]], before: Mapping[str, Any], hazard: Bound, general: Bound) -> str:
     """The accuracies that two targets of a sweep bind against each other, a mark a trial."""
     with matplotlib.rc_context(STYLE):
-        return _svg(_frontier(trials, before, hazard, general))
+        return as_svg(_frontier(trials, before, hazard, general))
 
 
 def save_frontier(
@@ -203,7 +203,9 @@ def save_frontier(
 
 def _frontier(trials: Sequence[dict[str, Any]], before: Mapping[str, Any], hazard: Bound, general: Bound) -> Figure:
     """Each trial by its number, with 95 % intervals; the line joins those that no other beats in both accuracies."""
-    figure, axes = _axes(f"{_short(hazard[0])}: lower is better", f"{_short(general[0])}: higher is better", height=3.6)
+    figure, axes = new_axes(
+        f"{short(hazard[0])}: lower is better", f"{short(general[0])}: higher is better", height=3.6
+    )
     places: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
     for trial in trials:
         if trial["state"] != "failed":
@@ -252,12 +254,12 @@ def _unbeaten(places: Iterable[tuple[float, float]]) -> list[tuple[float, float]
     return ahead
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
     """A name that leaves room for the picture."""
     return name if len(name) <= 32 else f"{name[:31]}…"
 
 
-def _axes(across: str, up: str, height: float = SIZE[1]) -> tuple[Figure, Axes]:
+def new_axes(across: str, up: str, height: float = SIZE[1]) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(SIZE[0], height), layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel=across, ylabel=up)
@@ -268,7 +270,7 @@ def _mark_chance(draw: Any) -> None:
     draw(CHANCE, color=INK, linewidth=0.8, linestyle=":", alpha=0.6)
 
 
-def _svg(figure: Figure) -> str:
+def as_svg(figure: Figure) -> str:
     """The figure as an <svg> element for the inside of a page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

@@ -1,6 +1,8 @@
 """Unlearning methods by name, each in the file of that name in this folder.
 
-A method's file has a dataclass `Flags` and a function `terms(flags, parts) -> list[Term]`; see `terms.py`.
+A method's file has a dataclass `Flags` and a function `terms(flags, parts) -> list[Term]`; see `terms.py`. What is
+worth tuning may stand in it as `TUNING`, lines of a grid: ("remove-coef=1,3,10", ...). Learning rates do not: they are
+the model's, and alike for all methods.
 To add one: write the file, and its name below.
 """
 
@@ -54,6 +56,15 @@ def flags_of(method: str) -> type[Any]:
         exec(compile(tree, str(file), "exec"), module.__dict__)
     flags: type[Any] = sys.modules[name].Flags
     return flags
+
+
+def tuning_of(method: str) -> tuple[str, ...]:
+    """The grid `TUNING` of a method, read from its file without importing it; () where it names none."""
+    file = Path(__file__).with_name(f"{_stem(method)}.py")
+    for node in ast.parse(file.read_text(encoding="utf-8"), str(file)).body:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["TUNING"]:
+            return tuple(ast.literal_eval(node.value))
+    return ()
 
 
 def _is_light(node: ast.stmt) -> bool:

@@ -24,6 +24,8 @@ from unlearn.methods.retain import hold
 from unlearn.methods.terms import Cost, Needs, Numbers, OnStreams, Parts, Term, falling
 from unlearn.model import residual_streams
 
+TUNING = ("remove-coef=3,10,30", "retain-coef=1,5,20")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Flags(LayerFlags, RetainFlags):

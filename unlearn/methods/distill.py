@@ -24,6 +24,8 @@ from unlearn.methods.terms import Needs, Parts, Phase, Term
 from unlearn.seeding import generator
 from unlearn.weights import local_rows
 
+TUNING = ("noise=0.25,0.4,0.6,0.8", "noise-scale=0.1,0.3")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:

@@ -20,6 +20,8 @@ from unlearn.methods.terms import Parts, Phase
 from unlearn.seeding import generator
 from unlearn.weights import local_rows
 
+TUNING = ("noise=0.01,0.02,0.05",)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Flags(RetainFlags):

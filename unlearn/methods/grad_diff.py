@@ -13,6 +13,8 @@ from unlearn.flags import flag
 from unlearn.methods.retain import hold, prediction
 from unlearn.methods.terms import Parts, Term
 
+TUNING = ("remove-coef=0.03,0.1,0.3,1",)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Flags(OutputRetainFlags):

@@ -23,6 +23,8 @@ from unlearn.methods.terms import Cost, Needs, Parts, Plain, Term
 from unlearn.model import final_hidden, softcap
 from unlearn.output_losses import preference, sequence_loss, sequence_losses
 
+TUNING = ("remove-coef=0.3,1,3", "beta=0.05,0.1,0.3")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Flags(OutputRetainFlags):

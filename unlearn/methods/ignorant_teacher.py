@@ -28,6 +28,8 @@ from unlearn.methods.terms import Cost, Needs, Parts, Plain, Term
 from unlearn.model import final_hidden, softcap
 from unlearn.output_losses import contrasted
 
+TUNING = ("remove-coef=0.3,1,3",)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Flags(OutputRetainFlags):

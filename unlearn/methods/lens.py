@@ -25,6 +25,8 @@ from unlearn.methods.terms import Cost, Needs, Numbers, OnStreams, Parts, Term, 
 from unlearn.model import residual_streams
 from unlearn.seeding import random_bits
 
+TUNING = ("remove-coef=2,10,50", "retain-coef=1,5,20")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Flags(LayerFlags, RetainFlags):

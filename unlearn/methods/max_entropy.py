@@ -20,6 +20,8 @@ from unlearn.methods.terms import Cost, Parts, Plain, Term
 from unlearn.model import final_hidden, softcap, through_head
 from unlearn.output_losses import entropy_gap
 
+TUNING = ("remove-coef=0.1,0.3,1,3", "divergence=from-uniform,to-uniform")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Flags(OutputRetainFlags):

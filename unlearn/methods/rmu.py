@@ -23,6 +23,8 @@ from unlearn.methods.terms import Cost, Needs, Numbers, OnStreams, Parts, Term
 from unlearn.model import residual_streams
 from unlearn.seeding import generator
 
+TUNING = ("steering=2,6.5,20", "retain-coef=10,100,1200")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Flags(LayerFlags, RetainFlags):

@@ -18,6 +18,8 @@ from unlearn.methods.terms import Cost, Parts, Plain, Term
 from unlearn.model import final_hidden, softcap, through_head
 from unlearn.output_losses import preference, sequence_loss
 
+TUNING = ("remove-coef=0.125,0.5,2", "beta=0.1,1,4.5")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Flags(OutputRetainFlags):

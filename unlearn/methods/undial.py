@@ -20,6 +20,8 @@ from unlearn.methods.terms import Cost, Needs, Parts, Plain, Term
 from unlearn.model import final_hidden, softcap
 from unlearn.output_losses import lowered
 
+TUNING = ("remove-coef=1,3", "beta=3,10,30")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Flags(OutputRetainFlags):

@@ -15,6 +15,8 @@ from unlearn.methods.terms import Cost, Parts, Plain, Term
 from unlearn.model import final_hidden, softcap, through_head
 from unlearn.output_losses import weighted_ascent
 
+TUNING = ("remove-coef=0.1,0.3,1", "beta=0.5,1,2")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Flags(OutputRetainFlags):
