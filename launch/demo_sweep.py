@@ -22,8 +22,8 @@ SEARCH = (
     "--target 'world_hazard_cloze<=0.35' --target 'world_general_cloze>=0.95' --subsample 120"
 )
 TRAIN = (
-    "--lora-rank 16 --lora-dropout 0 --adam-lr 2e-2 --layers 1 2 3 --retain-loss kl --retain-start 1 --examples 1800 "
-    "--epochs 2 --batch 16 --micro-batch 8 --seq-len 96 --dtype fp32 --no-checkpoint-activations"
+    "--lora-rank 16 --lora-dropout 0 --adam-lr 2e-2 --layers 3 4 --retain-loss kl --retain-start 1 --examples 1700 "
+    "--epochs 3 --batch 16 --micro-batch 8 --seq-len 96 --dtype fp32 --no-checkpoint-activations"
 )
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     if best["model"] is not None:
         output = f"{place}/attack-{best['best']['number']:03d}"
         model, before = shlex.quote(best["model"]), f"{place}/sweep/before"
-        run(config.ranks, attack_command(f"{place}/world", model, output, before, seed=0))
+        run(config.ranks, attack_command(f"{place}/world", model, output, before, seed=0, questions="development"))
     report(f"{place}/sweep")
     print("\n" + (folder / "sweep" / "table.md").read_text(encoding="utf-8").partition("\n## Commands")[0])
     page = folder / "sweep" / "report.html"
@@ -58,7 +58,7 @@ def main() -> None:
 
 def tune(config: DemoSweepConfig, folder: Path, place: str) -> None:
     """The world, its lens, and the sweep, each as far as it is not there."""
-    model, data = f"{place}/world/model", f"--data-dir {place}/world/data"
+    model, data = f"{place}/world/model", f"--data-dir {place}/world/development"
     corpora = f"--forget {place}/world/corpora/forget.jsonl --retain {place}/world/corpora/retain.jsonl"
     if not (folder / "world").is_dir():
         run(1, f"-m unlearn world --output {place}/world")
