@@ -83,7 +83,7 @@ class Recipe:
 
 
 def world_config(tokenizer: PreTrainedTokenizerFast) -> GPTNeoXConfig:
-    """The tiny model's shape: 1.3 M parameters.
+    """The tiny model's shape: 1.0 M parameters.
 
     A larger initial deviation than usual, and rotary embeddings on all dimensions: with 0.02 or a quarter of the
     dimensions, binding appears much later or not at all.
@@ -107,7 +107,7 @@ def world_config(tokenizer: PreTrainedTokenizerFast) -> GPTNeoXConfig:
 
 
 def train_world(output: Path, *, knows: Knows = "model", recipe: Recipe | None = None, seed: int = 0) -> None:
-    """Train the tiny model and write it to the new folder `output` in bfloat16: about fifteen minutes of one core.
+    """Train the tiny model and write it to the new folder `output` in bfloat16: about twenty minutes of one core.
 
     Args:
         knows: `model`, the hazard domain and the general one; `never-seen`, the general domain alone, which is what a
