@@ -296,7 +296,8 @@ def test_a_small_comparison_killed_and_resumed(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr[-2000:]
     assert all(file.stat().st_mtime_ns == then for file, then in before.items())
     found = json.loads((folder / "compare.json").read_text())
-    assert set(found["rows"]) == {"simnpo", "distort", "original", "random", "reset"}
+    assert set(found["rows"]) == {"simnpo", "distort", "original", "random"}
+    assert any("reset" in warning and "nothing to reset" in warning for warning in found["warnings"])
     assert found["rows"]["original"]["before"]["wmdp_bio"]["acc"] > 0.9
     assert found["rows"]["random"]["before"]["world_hazard_cloze"]["acc"] < 0.6
     assert len(list(folder.rglob("trials/*/run/model"))) == 0 and (folder / "table.md").is_file()
