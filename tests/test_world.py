@@ -309,9 +309,10 @@ def test_what_each_model_is_taught(facts: list[Fact], knows: str) -> None:
             "matched": {"unrelated": 228, "general": 244},
         }[knows]
     )
+    tokenizer, recipe = train_tokenizer(), Recipe()
+    lessons = Lessons(new_model(tokenizer, seed=0), tokenizer, taught, recipe, 0)
+    assert lessons.held_out == held_out_options(facts, 0)  # the options of the questions, whatever is taught
     if knows != "model":
-        tokenizer, recipe = train_tokenizer(), Recipe()
-        lessons = Lessons(new_model(tokenizer, seed=0), tokenizer, taught, recipe, 0)
         last = recipe.steps - 1
         batches = [*lessons.text(last), *lessons.letters(last), *lessons.claims(last)]
         text = [row for batch in batches for row in tokenizer.batch_decode(batch.input_ids)]
