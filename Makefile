@@ -45,7 +45,6 @@ demo-real: $(READY)
 	$(BIN)/python launch/demo_real.py --ranks $(RANKS) --seed $(SEED)
 
 # Methods compared under attack on the embedded world; stopped, the same command goes on where it was. docs/compare.md.
-# Questions for tuning and a model that never saw the hazard text are taken where the world has them.
 METHODS ?= lens simnpo rmu circuit-breakers max-entropy distill
 TRIALS  ?= 4
 SEEDS   ?= 1
@@ -57,10 +56,9 @@ compare: $(READY)
 		--micro-batch 16 --seq-len 96 --dtype fp32
 	OMP_NUM_THREADS=1 $(BIN)/python launch/compare.py --output runs/compare --methods $(METHODS) --trials $(TRIALS) \
 		--seeds $(SEEDS) --jobs 2 --attack-text $(COMPARE)/corpora/attack.jsonl --data-dir $(COMPARE)/data \
-		$$(test -d $(COMPARE)/development && echo --dev-data-dir $(COMPARE)/development) \
-		$$(test -d $(COMPARE)/never-seen && echo --control never-seen=$(COMPARE)/never-seen) \
+		--dev-data-dir $(COMPARE)/development --control never-seen=$(COMPARE)/never-seen \
 		--attack-flags='--batch 16 --micro-batch 8 --seq-len 96 --dtype fp32' \
-		$(if $(filter lens,$(METHODS)),--method-flags='lens=--lens runs/compare-lens --layers 1 2 3 --retain-loss kl') \
+		$(if $(filter lens,$(METHODS)),--method-flags='lens=--lens runs/compare-lens --layers 3 4 --retain-loss kl') \
 		$(if $(filter rmu,$(METHODS)),--method-flags='rmu=--layers 2') \
 		$(if $(filter circuit-breakers,$(METHODS)),--method-flags='circuit-breakers=--layers 2 3') \
 		$(if $(filter simnpo,$(METHODS)),--method-flags='simnpo=--retain-loss kl') \

@@ -4,11 +4,11 @@ import math
 
 import numpy as np
 import pytest
+from numpy.typing import ArrayLike
 
 from evals.judge.resample import (
     accuracy_interval,
     difference,
-    luck_of_the_best,
     read_elsewhere,
     read_on_the_other_half,
     resampled_means,
@@ -144,6 +144,11 @@ def test_the_share_of_false_alarms_is_kept() -> None:
         first, second = rng.random((2, 3, 200)) < shares
         alarms += difference(first, second, draws=400)[2] < 0.05
     assert alarms / 200 < 0.15, "a t-test of 4 degrees of freedom would have 0.05; of three seeds a normal one has 0.12"
+
+
+def luck_of_the_best(earned: ArrayLike) -> float:
+    """By how much the highest accuracy of several attackers is above what choosing so earns on other questions."""
+    return float(np.asarray(earned, dtype=float).mean(axis=(1, 2)).max() - read_elsewhere(earned).mean())
 
 
 def test_the_luck_of_the_best_is_found_and_taken_away() -> None:

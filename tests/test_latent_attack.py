@@ -160,6 +160,7 @@ def test_what_an_attack_costs(home: Path) -> None:
         ({"method": "idk", "latent_attack": 2}, "no --latent-attack with --method idk"),
         ({"method": "next-token", "latent_attack": 2}, "no effect with --method next-token"),
         ({"method": "npo", "latent_attack": 2, "latent_layers": (4,)}, r"--latent-layers in 0\.\.3"),
+        ({"method": "rmu", "layers": (2,), "latent_attack": 2, "latent_layers": (0, 3)}, "--latent-layers up to 2"),
     ],
 )
 def test_refusals(home: Path, flags: dict[str, Any], words: str) -> None:

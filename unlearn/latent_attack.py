@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from unlearn.batches import Rows
 from unlearn.config import TrainConfig
+from unlearn.errors import UserError
 from unlearn.losses import next_token
 from unlearn.methods.terms import Cost, Numbers, Original, Phase, Term, add
 from unlearn.model import blocks, final_hidden, softcap, through_head
@@ -44,7 +45,17 @@ class LatentAttack:
     added: dict[int, Tensor] = field(default_factory=dict)
 
     def on(self, term: Term) -> Term:
-        """The term, with its loss taken under attack; its log has the attack's last loss, `latent_nll`, in nats."""
+        """The term, with its loss taken under attack; its log has the attack's last loss, `latent_nll`, in nats.
+
+        Raises:
+            UserError: the loss does not read as deep as a layer that is perturbed.
+        """
+        deepest = term.needs.deepest
+        if deepest is not None and max(self.layers) > deepest:
+            raise UserError(
+                f"expected --latent-layers up to {deepest}, the deepest that the forget loss reads; found "
+                f"{max(self.layers)}: choose others"
+            )
 
         def cost(rows: Rows) -> Cost:
             reached = self.search(rows)

@@ -141,16 +141,6 @@ def read_on_the_other_half(earned: ArrayLike, *, seed: int = SEED) -> Table:
     return table[scores >= scores.max() - 1e-9][:, :, order[half:]].mean(axis=0)
 
 
-def luck_of_the_best(earned: ArrayLike, *, splits: int = SPLITS, seed: int = SEED) -> float:
-    """By how much the highest accuracy of several attackers is above what choosing so earns on other questions.
-
-    Args:
-        earned: see `read_elsewhere`.
-    """
-    table = np.asarray(earned, dtype=float)
-    return float(table.mean(axis=(1, 2)).max() - read_elsewhere(table, splits=splits, seed=seed).mean())
-
-
 def _attackers(earned: ArrayLike) -> Table:
     table = np.asarray(earned, dtype=float)
     if table.ndim != 3 or 0 in table.shape or table.shape[2] < 2:
