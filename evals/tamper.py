@@ -274,8 +274,11 @@ def _curve(training: "Training", reason: str | None) -> dict[str, Any]:
     """What curve.json holds; `diverged` is the reason, None for an attack that came to its end."""
     from evals.training import measurement
 
-    batches, steps = training.unlearning.parts.batches.values(), training.unlearning.steps
-    tokens = [0, *accumulate(sum(one.tokens(step) for one in batches) for step in range(steps))]
+    found, steps = training.unlearning, training.unlearning.steps
+    main = [term.batches for term in found.phases[-1].terms]
+    batches = [one for one in found.parts.batches.values() if one in main]
+    read = ((phase, step) for phase in found.phases for step in range(found.steps_of(phase)))
+    tokens = [0, *accumulate(sum(term.batches.tokens(step) for term in phase.terms) for phase, step in read)]
     files = {step: measurement(training.folder, step) for step in range(steps + 1)}
     return {
         "steps": steps,

@@ -89,9 +89,15 @@ class Training:
                 if done < offset + steps or done == offset:
                     self._train_phase(phase, max(0, done - offset), offset, log, checkpoints)
                 offset += steps
+            damage = self._damage()  # exporting merges the adapters, without which the original is gone
             finish(found, folder)
             self._measure(found.steps, log)
-            self.run.record({"cost": self._passes() | self._spent(log, cpu)})
+            self.run.record({"cost": self._passes() | self._spent(log, cpu)} | damage)
+
+    def _damage(self) -> dict[str, dict[str, float]]:
+        """With --measure-damage: what the trained model's is, before its weights are rounded for export."""
+        budget = self.unlearning.budget
+        return {"damage": budget.measure()} if budget is not None and self.unlearning.config.measure_damage else {}
 
     def _passes(self) -> dict[str, float]:
         """Tokens and arithmetic of all steps that were taken."""

@@ -12,6 +12,7 @@ from test_filters import assembled, words
 from test_phases import weights
 from torch.nn.functional import cross_entropy
 
+from unlearn.config import configure
 from unlearn.errors import UserError
 from unlearn.model import load_model
 
@@ -95,6 +96,20 @@ def test_a_budget_that_is_used_up_at_once(home: Path, tmp_path: Path, attempt: C
     assert "expected damage below its budget before the first step; found --stop-at kl=1e-09: " in said
 
 
+@pytest.mark.parametrize("lora", [[], ["--lora-rank", 2]])
+def test_the_damage_at_the_end(home: Path, tmp_path: Path, attempt: Callable[..., str], lora: list[object]) -> None:
+    """As the last look of a budget that lasts has it; without a budget nothing looks before."""
+    more = ["--measure-damage", "--dtype", "fp32", *lora]
+    with_budget = [*run_words(home, tmp_path / "budget", "kl=50", "loss=50"), "--stop-every", 4]
+    attempt(*with_budget, *more)
+    attempt(*(word for word in run_words(home, tmp_path / "run") if word != "--stop-at"), *more)
+    found = [json.loads((tmp_path / name / "run.json").read_text())["damage"] for name in ("budget", "run")]
+    last = next(line for line in reversed(log(tmp_path / "budget")) if "held_out_kl" in line)
+    assert found[0] == found[1] == {name: last[name] for name in ("held_out_kl", "held_out_loss")}
+    assert found[0]["held_out_kl"] > 0.0
+    assert not any("held_out_kl" in line for line in log(tmp_path / "run"))
+
+
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no number": ({"stop_at": ("kl",)}, "--stop-at as NAME=NUMBER, above 0, such as kl=0.005; found 'kl'"),
     "negative": ({"stop_at": ("kl=-1",)}, "found 'kl=-1'"),
@@ -103,7 +118,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no budget": ({"stop_every": 5}, "--stop-every has no effect without --stop-at"),
     "windows of a task": (
         {"stop_at": ("a=0.5",), "eval_tasks": ("a",), "stop_windows": 5},
-        "--stop-windows has no effect without --stop-at kl or loss",
+        "--stop-windows has no effect without --measure-damage and --stop-at kl or loss",
     ),
     "rate alone": ({"retain_rate": 0.5}, "--retain-rate has no effect without --retain-budget"),
     "a schedule too": (
@@ -152,3 +167,8 @@ def test_a_weight_that_is_not_needed_falls_to_nothing(home: Path) -> None:
     assert retain.weight(0.0) == 1.0 and retain.hooks.stop is not None
     assert retain.hooks.stop(1, {"retain_loss": 5.0}) is None
     assert retain.weight(0.5) == 1e-12
+
+
+def test_no_retain_loss_to_measure_damage_beside() -> None:
+    with pytest.raises(UserError, match="a retain loss beside --measure-damage, on whose text it is measured"):
+        configure("undial", measure_damage=True)

@@ -121,6 +121,28 @@ def test_a_grid_with_controls(home: Path, data: Path, tmp_path: Path, monkeypatc
     assert (tmp_path / "out/attack.png").stat().st_size > 10_000
 
 
+def test_repair_then_attack(home: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same as an attack on the model that a run on retain text alone has made; its steps and tokens count."""
+    flags = ["--examples", 8, "--adam-lr", 1e-2, "--retain", home / "retain.jsonl", "--steps", 4]
+    both = attack(monkeypatch, words(home, data, tmp_path / "both", *flags, "--repair-steps", 2))
+    repair = words(home, data, tmp_path / "repair", *flags, "--data", "retain", "--export")
+    del repair[(at := repair.index("--forget")) : at + 2]
+    repair[repair.index("4", repair.index("--steps"))] = "2"
+    mended = attack(monkeypatch, [*repair, "--schedule", "linear"])
+    model = tmp_path / "repair/attacks/unlearned/attack/model"
+    flags = [word for word in flags if word not in ("--retain", home / "retain.jsonl")]
+    alone = attack(monkeypatch, words(home, data, tmp_path / "alone", "--model", model, *flags))
+    assert [point["step"] for point in both["points"]] == [0, 2, 4, 6]
+    assert [point["tasks"] for point in both["points"][1:]] == [point["tasks"] for point in alone["points"]]
+    tokens = [point["tokens"] for point in mended["points"]] + [point["tokens"] for point in alone["points"]][1:]
+    assert tokens[:2] == [point["tokens"] for point in both["points"]][:2]
+    assert [point["tokens"] - both["points"][1]["tokens"] for point in both["points"][2:]] == tokens[2:]
+    (log,) = (tmp_path / "both").rglob("metrics.jsonl")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["phase"] for line in lines if "phase" in line] == ["repair"] * 2 + ["attack"] * 4
+    assert all(("retain_loss" in line) == (line["phase"] == "repair") for line in lines if "phase" in line)
+
+
 def test_a_finished_attack_stands_for_its_own_questions_and_weights_alone(
     home: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

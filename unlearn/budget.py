@@ -1,8 +1,9 @@
-"""--stop-at kl=..., loss=...: end a run at a budget of damage, measured on retain text that it does not train on.
+"""--stop-at kl=..., loss=..., and --measure-damage: the damage on retain text that a run does not train on.
 
 The damage is a mean over the held-out tokens: KL(original || model) in nats, and what the next-token loss has risen by.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from unlearn.batches import Batches
+from unlearn.budget_config import MEASURED
 from unlearn.config import TrainConfig
 from unlearn.corpus import Corpus
 from unlearn.distributed import all_sum
@@ -26,7 +28,7 @@ class Budget:
     """Some budgets of damage, and the text on which it is measured.
 
     Attributes:
-        most: by name, `kl` or `loss`. every: optimizer steps between measurements.
+        most: by name, `kl` or `loss`; infinite for what is only measured. every: optimizer steps between measurements.
         held_out: of one step, all of the windows. frozen: see `Loss`.
     """
 
@@ -72,7 +74,9 @@ class Budget:
             raise UserError(f"expected damage below its budget before the first step; found {why}: raise it")
 
     def hooks(self) -> Hooks:
-        """That end a phase."""
+        """That end a phase; none where no budget can."""
+        if all(most == math.inf for most in self.most.values()):
+            return Hooks()
 
         def stop(done: int, numbers: dict[str, float]) -> str | None:
             if done % self.every:
@@ -85,18 +89,18 @@ class Budget:
 
 
 def budget_of(config: TrainConfig, parts: Parts, precision: Precision, frozen: Sequence[nn.Module]) -> Budget | None:
-    """What --stop-at asks to be measured, on windows that --examples leaves; None if it asks for nothing.
+    """What is to be measured, on windows that --examples leaves; None if nothing is.
 
     Raises:
         UserError: too few windows are left.
     """
-    if not config.damage_budgets:
+    if not config.measures_damage:
         return None
     trained = parts.batches["retain"]
     free = sorted(set(range(len(trained.corpus.windows))) - set(trained.order))
     if len(free) < config.stop_windows:
         raise UserError(
-            f"expected {config.stop_windows:,} windows of retain text beside those that are trained on, for --stop-at; "
+            f"expected {config.stop_windows:,} windows of retain text beside those that are trained on, for damage; "
             f"found {len(free):,}: lower --examples or --stop-windows, or give more text"
         )
     drawn = torch.randperm(len(free), generator=generator(config.seed, "held out"))[: config.stop_windows].tolist()
@@ -111,4 +115,5 @@ def budget_of(config: TrainConfig, parts: Parts, precision: Precision, frozen: S
         micro_batch=config.micro_batch,
         micro_tokens=config.micro_tokens,
     )
-    return Budget(config.damage_budgets, config.stop_every, held_out, parts, precision, frozen)
+    most = dict.fromkeys(MEASURED, math.inf) if config.measure_damage else {}
+    return Budget(most | config.damage_budgets, config.stop_every, held_out, parts, precision, frozen)

@@ -8,7 +8,7 @@ from unlearn.flags import Only, flag
 
 MEASURED = ("kl", "loss")  # on held-out retain text; other budgets are of tasks
 STOPS = Only(lambda config: bool(config.stop_at), "without --stop-at")
-MEASURES = Only(lambda config: bool(config.damage_budgets), "without --stop-at kl or loss")
+MEASURES = Only(lambda config: config.measures_damage, "without --measure-damage and --stop-at kl or loss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,8 @@ class BudgetFlags:
     TASK=0.4: the accuracy below which one of --eval-tasks may not fall."""
     stop_every: int = flag(1, least=1, only=STOPS)
     """Optimizer steps between looks at the budgets."""
+    measure_damage: bool = False
+    """Measure kl and loss after the last step too, whether a budget is set or not, and write them to run.json."""
     stop_windows: int = flag(64, least=1, only=MEASURES)
     """Windows of retain text, beyond those of --examples, on which kl and loss are measured."""
 
@@ -35,6 +37,11 @@ class BudgetFlags:
         return {name: most for name, most in self.budgets.items() if name in MEASURED}
 
     @property
+    def measures_damage(self) -> bool:
+        """Whether any damage on held-out retain text is measured."""
+        return self.measure_damage or bool(self.damage_budgets)
+
+    @property
     def task_budgets(self) -> dict[str, float]:
         """Those of a task's accuracy, which may not fall below them."""
         return {name: least for name, least in self.budgets.items() if name not in MEASURED}
@@ -47,10 +54,9 @@ class BudgetFlags:
                 raise UserError(f"expected --stop-at as NAME=NUMBER, above 0, such as kl=0.005; found {word!r}")
             if name not in (*MEASURED, *self.eval_tasks):  # type: ignore[attr-defined]  # of the whole configuration
                 raise UserError(f"expected --stop-at kl, loss or one of --eval-tasks; found {name!r}")
-            if name in MEASURED and not getattr(self, "retain_coef", None):
-                raise UserError(
-                    f"expected a retain loss beside --stop-at {name}, on whose text it is measured; found none"
-                )
+        if self.measures_damage and not getattr(self, "retain_coef", None):
+            flag = "--measure-damage" if self.measure_damage else f"--stop-at {min(self.damage_budgets)}"
+            raise UserError(f"expected a retain loss beside {flag}, on whose text it is measured; found none")
         if len(self.budgets) < len(self.stop_at):
             raise UserError(f"expected each budget of --stop-at once; found {' '.join(self.stop_at)}")
 

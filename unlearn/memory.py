@@ -174,7 +174,7 @@ def _states(config: TrainConfig, shape: Shape, layout: Layout, needs: Sequence[N
 
 def reads_original(config: TrainConfig, needs: Sequence[Needs]) -> bool:
     """Whether the run reads the original: in its loss, or for its budgets."""
-    return any(term.original for term in needs) or bool(config.damage_budgets)
+    return any(term.original for term in needs) or config.measures_damage
 
 
 def _activations(config: TrainConfig, shape: Shape, needs: Sequence[Needs]) -> float:

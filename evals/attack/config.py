@@ -206,10 +206,9 @@ def _name(point: Point) -> str:
 
 def _check_text(run: TrainConfig) -> None:
     """Raise unless the text that an attack trains on was named: what train.py takes by default is not unseen."""
-    data = getattr(run, "data", "forget")
     for corpus in ("forget", "retain"):
-        if data in (corpus, "mix") and getattr(run, corpus) == TrainConfig.__dataclass_fields__[corpus].default:
-            what = "the attack text" if corpus == "forget" else f"for --data {data}"
+        if corpus not in run.unread and getattr(run, corpus) == TrainConfig.__dataclass_fields__[corpus].default:
+            what = "the attack text" if corpus == "forget" else "harmless text that this attack trains on"
             raise UserError(f"expected --{corpus}, {what}; found none: name a file or hub name")
 
 

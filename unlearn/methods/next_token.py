@@ -8,9 +8,9 @@ from typing import Literal
 
 from unlearn.config import ADAM, LORA
 from unlearn.errors import UserError
-from unlearn.flags import flag
+from unlearn.flags import Only, flag
 from unlearn.methods.retain import prediction
-from unlearn.methods.terms import Parts, Term
+from unlearn.methods.terms import Parts, Phase, Term
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,8 @@ class Flags:
 
     data: Literal["forget", "retain", "mix"] = "forget"
     """Text to train on: --forget; --retain; or mix, as many windows of either."""
+    repair_steps: int = flag(0, least=0, only=Only(lambda config: config.data != "retain", "with --data retain"))
+    """Optimizer steps on --retain before all others: an attack that first mends what unlearning has broken."""
     adam_lr: float | None = flag(published=2e-5, above=0.0, only=ADAM)
     """Peak learning rate of AdamW. Published: 2e-5."""
     lora_dropout: float | None = flag(published=0.0, least=0.0, below=1.0, only=LORA)
@@ -30,8 +32,9 @@ class Flags:
 
     @property
     def unread(self) -> dict[str, str]:
-        """The text that --data leaves out."""
-        return {other: f"with --data {self.data}" for other in ("forget", "retain") if self.data not in (other, "mix")}
+        """The text that --data leaves out, and that is no repair."""
+        read = ("forget", "retain") if self.data == "mix" else (self.data, *(["retain"] if self.repair_steps else []))
+        return {other: f"with --data {self.data}" for other in ("forget", "retain") if other not in read}
 
     def check_method(self) -> None:
         """Raise unless a mix has windows of either text."""
@@ -39,6 +42,11 @@ class Flags:
             raise UserError("expected --examples of 2 or more for --data mix, half of either text; found 1: raise it")
 
 
-def terms(flags: Flags, parts: Parts) -> list[Term]:
-    """One term: the mean over every token of the global batch that has a next one."""
-    return [Term("forget", parts.batches[flags.data], prediction(parts.model))]
+def phases(flags: Flags, parts: Parts) -> list[Phase]:
+    """The mean over every token of the global batch that has a next one; of retain text first, if it is to be."""
+    cost = prediction(parts.model)
+    main = Phase("", [Term("forget", parts.batches[flags.data], cost)])
+    if flags.repair_steps == 0:
+        return [main]
+    repair = Phase("repair", [Term("retain", parts.batches["retain"], cost)], steps=flags.repair_steps)
+    return [repair, Phase("attack", main.terms)]
