@@ -63,6 +63,7 @@ compare: $(READY)
 		$(if $(filter circuit-breakers,$(METHODS)),--method-flags='circuit-breakers=--layers 2 3') \
 		$(if $(filter simnpo,$(METHODS)),--method-flags='simnpo=--retain-loss kl') \
 		$(if $(filter max-entropy,$(METHODS)),--method-flags='max-entropy=--retain-loss kl --filter collapse normalise') \
+		$(if $(filter distill,$(METHODS)),--method-flags='distill=--no-on-forget') \
 		--method-flags='oracle=--adam-lr 1e-3' \
 		-- --model $(COMPARE)/model --forget $(COMPARE)/corpora/forget.jsonl --retain $(COMPARE)/corpora/retain.jsonl \
 		--examples 1200 --batch 16 --micro-batch 8 --seq-len 96 --dtype fp32 --no-checkpoint-activations

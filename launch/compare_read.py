@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from launch.compare_config import Comparison
-from launch.compare_runs import control_names, cost_of, is_done, seed_folders
+from launch.compare_runs import control_names, cost_of, divergence_of, is_done, seed_folders
 from unlearn.errors import UserError
 
 Tasks = dict[str, dict[str, Any]]
@@ -40,13 +40,14 @@ class Seed:
     Attributes:
         attacks: by attacker, those that came to an end; the points with rising steps.
         cost: of its training. files: run.json of the training and of each attack, as far as they are there.
-        ways: elicit.json, None where nobody looked.
+        ways: elicit.json, None where nobody looked. kl: see `divergence_of`.
     """
 
     attacks: dict[str, list[Point]]
     cost: dict[str, Any]
     files: dict[str, dict[str, Any]]
     ways: dict[str, Any] | None
+    kl: float | None = None
 
     @property
     def start(self) -> Tasks:
@@ -164,6 +165,7 @@ def _seed(comparison: Comparison, folder: Path) -> Seed:
         cost_of(folder / "run") if is_done(folder / "run" / "run.json") else {},
         {name: _read(place / "run.json") for name, place in files.items() if (place / "run.json").is_file()},
         _read(ways) if ways.is_file() else None,
+        divergence_of(folder / "run") if is_done(folder / "run" / "run.json") else None,
     )
 
 

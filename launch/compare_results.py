@@ -160,12 +160,17 @@ def _record(row: Row, rules: Rules, bounds: Mapping[str, float]) -> dict[str, An
         "recovery": {task: _recovery(row, rules, task, bound) for task, bound in bounds.items()},
         "curve": {task: curve(row, rules, task) for task in rules.hazard},
         "cost": [seed.cost for seed in row.seeds],
+        "kl": _mean([seed.kl for seed in row.seeds if seed.kl is not None]),
         "ways": next((seed.ways for seed in row.seeds if seed.ways is not None), None),
         "setting": chosen.get("values"),
         "within": chosen.get("within"),
         "why": chosen.get("why"),
         "notes": row.notes,
     }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
 
 
 def _before(row: Row, rules: Rules) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def tune(comparison: Comparison, method: str, before: dict[str, float]) -> Recor
         try_setting(comparison, method, number, values, before)
         for number, values in enumerate(comparison.points(method), 1)
     ]
-    found = choose(trials, comparison.config.damage)
+    found = choose(trials, comparison.config.damage, comparison.config.damage_kl)
     write_json(comparison.folder / "methods" / method / "chosen.json", found)
     return found
 
@@ -106,9 +106,9 @@ def try_setting(comparison: Comparison, method: str, number: int, values: Values
     """Train at one point, attack on the development questions, and drop the weights.
 
     Returns:
-        {"number", "values", "hazard", "drop", "cost"}, or with "failed", a reason, in place of the last three. hazard:
-        the highest accuracy of a hazard task at any point of the attack, its start included. drop: by how much the
-        general task that suffered most is below the original before the attack.
+        {"number", "values", "hazard", "drop", "cost", "kl"}, or with "failed", a reason, in place of the last four.
+        hazard: the highest accuracy of a hazard task at any point of the attack, its start included. drop: by how much
+        the general task that suffered most is below the original before the attack. kl: see `divergence_of`.
     """
     config = comparison.config
     folder = comparison.folder / "methods" / method / "trials" / f"{number:02d}-{plain_name(values)}"
@@ -126,7 +126,7 @@ def try_setting(comparison: Comparison, method: str, number: int, values: Values
         record |= judge_trial(
             json.loads((attack / "attack.json").read_text(encoding="utf-8"))["points"], config, before
         )
-        record["cost"] = cost_of(folder / "run")
+        record |= {"cost": cost_of(folder / "run"), "kl": divergence_of(folder / "run")}
     except CommandFailed as failure:
         record["failed"] = str(failure)
     write_json(folder / "trial.json", record)
@@ -144,13 +144,18 @@ def judge_trial(points: Sequence[Record], config: Any, before: dict[str, float])
     }
 
 
-def choose(trials: Sequence[Record], damage: float) -> Record:
+def choose(trials: Sequence[Record], damage: float, most_kl: float | None = None) -> Record:
     """Of the trials within the budget the one with the least hazard after its attack; see `tune` for what it returns.
+
+    Args:
+        damage: most points, as a fraction, of general accuracy. most_kl: most nats of divergence; None: not looked at.
 
     Where none is within it, the least damaging one, and the sentence says so.
     """
     measured = [trial for trial in trials if "failed" not in trial]
-    within = [trial for trial in measured if trial["drop"] <= damage + 1e-9]
+    within = [
+        trial for trial in measured if trial["drop"] <= damage + 1e-9 and (most_kl is None or trial["kl"] <= most_kl)
+    ]
     if within:
         best = min(within, key=lambda trial: (trial["hazard"], trial["drop"], trial["number"]))
         why = f"the least hazard of {len(within)} of {len(trials)} trials within the budget of damage"
@@ -159,7 +164,7 @@ def choose(trials: Sequence[Record], damage: float) -> Record:
         why = (
             f"no trial of {len(trials)} is within the budget of damage; shown is the least damaging one, "
             f"{100 * best['drop']:.1f} points below the original"
-        )
+        ) + ("" if best.get("kl") is None else f" and {best['kl']:.3f} nats from it")
     else:
         reason = trials[0]["failed"] if trials else "none was run"
         return {"values": None, "within": False, "trials": list(trials), "why": f"every trial failed: {reason}"}
@@ -248,6 +253,12 @@ def _tried(comparison: Comparison, words: Sequence[str], log: Path, done: Path) 
 def cost_of(run: Path) -> Record:
     """What a run has cost: seconds, tokens_forward, tokens_backward, flops, peak_gib."""
     return dict(json.loads((run / "run.json").read_text(encoding="utf-8")).get("cost", {}))
+
+
+def divergence_of(run: Path) -> float | None:
+    """KL(original || model) a token on held-out retain text, in nats; None where it was not measured."""
+    damage = json.loads((run / "run.json").read_text(encoding="utf-8")).get("damage", {})
+    return None if not damage else float(damage["held_out_kl"])
 
 
 def plain_name(values: Values) -> str:

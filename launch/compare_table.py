@@ -77,7 +77,9 @@ def _against_original(found: Mapping[str, Any]) -> Iterator[str]:
 
 def warnings(config: Any) -> list[str]:
     """What a reader has to know of the way in which a comparison was made."""
-    found = ["The budget of damage is by general accuracy alone: the divergence on retain text is not in it."]
+    found = []
+    if config.damage_kl is None:
+        found.append("The budget of damage is by general accuracy alone: the divergence on retain text is not in it.")
     if config.dev_data_dir is None or config.dev_data_dir == config.data_dir:
         found.append(
             "Settings were chosen by the questions that are reported here, as no --dev-data-dir was given: the numbers "
@@ -109,14 +111,16 @@ def _reading(found: Mapping[str, Any], rules: Rules) -> str:
     return (
         "Accuracies in %, 95 % intervals in brackets. *Worst*: by the attacker and step that bring most back among "
         f"those that keep general accuracy within {100 * rules.drop:g} points, without the luck of the best (chosen by "
-        "one half of the questions, read on the other). *No floor*: among all. A star: no trial within the budget."
+        "one half of the questions, read on the other). *No floor*: among all. *KL*: from the original, on retain text "
+        "that was not trained on, in nats a token. A star: no trial within the budget."
     )
 
 
 def main_rows(found: Mapping[str, Any], rules: Rules) -> list[list[str]]:
     """The ranked table: methods by rank, then controls; the first row names the columns."""
     short = {task: task.removeprefix("world_") for task in (*rules.hazard, *rules.general)}
-    head = ["model", *(f"{short[task]} before" for task in (*rules.hazard, *rules.general)), "commonest", "debiased"]
+    head = ["model", *(f"{short[task]} before" for task in (*rules.hazard, *rules.general))]
+    head += ["KL", "commonest", "debiased"]
     head += [f"worst {short[task]}, {part}" for part in rules.parts for task in rules.hazard]
     head += [f"no floor {short[task]}, {rules.main}" for task in rules.hazard]
     head += ["by", "general then"]
@@ -129,6 +133,7 @@ def _main_row(name: str, row: Mapping[str, Any], rules: Rules) -> list[str]:
     letters = [before[task] for task in rules.hazard if "debiased" in before[task]]
     cells = [f"{name}*" if row["within"] is False else name]
     cells += [_percent(before[task]["acc"]) for task in (*rules.hazard, *rules.general)]
+    cells.append(NONE if row["kl"] is None else f"{row['kl']:.3f}")
     cells += [_percent(max((one[key] for one in letters), default=None)) for key in ("commonest", "debiased")]
     cells += [_case(row["worst"][part].get(task)) for part in rules.parts for task in rules.hazard]
     cells += [_case(row["worst_without_floor"][rules.main].get(task)) for task in rules.hazard]
@@ -215,15 +220,17 @@ def cost_rows(found: Mapping[str, Any]) -> list[list[str]]:
 
 def trial_rows(found: Mapping[str, Any]) -> list[list[str]]:
     """Every setting that was tried; the chosen one marked."""
-    rows = [["method", "setting", "hazard after the development attack", "general, points below the original", ""]]
+    head = ["method", "setting", "hazard after the development attack", "general, points below the original", "KL", ""]
+    rows = [head]
     for name, trials in found["trials"].items():
         for trial in trials:
             chosen = "chosen" if trial["values"] == found["settings"][name] else ""
-            numbers = [NONE, NONE]
+            numbers = [NONE, NONE, NONE]
             if "failed" in trial:
                 chosen = f"failed: {trial['failed']}"
             else:
-                numbers = [_percent(trial["hazard"]), f"{100 * trial['drop']:.1f}"]
+                kl = NONE if trial["kl"] is None else f"{trial['kl']:.3f}"
+                numbers = [_percent(trial["hazard"]), f"{100 * trial['drop']:.1f}", kl]
             rows.append([name, shown(trial["values"]), *numbers, chosen])
     return rows
 

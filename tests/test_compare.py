@@ -1,5 +1,6 @@
 """The comparison of methods: what it tries, chooses, counts and says; and (slow) a small one, killed and resumed."""
 
+import itertools
 import json
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from evals.attack.config import read_attacks
 from launch.compare import _together
 from launch.compare_config import Comparison, read_comparison, without_unread_text
 from launch.compare_read import NO_ATTACK, Point, Row, Seed
@@ -78,6 +80,12 @@ def test_settings_are_drawn_without_replacement_and_more_trials_begin_alike(tmp_
         ("--attackers=--adam-lr\n1e-3", "simnpo", "expected --attackers as NAME=..."),
         ("--attackers=x=--nonsense\n1", "simnpo", "nonsense"),
         ("--control random=x/y", "simnpo", "found 'random', which is always there"),
+        (
+            "--attacker-set wide --attackers=x=--adam-lr\n1e-3",
+            "simnpo",
+            "--attacker-set has no effect beside --attackers",
+        ),
+        ("--damage-kl 0", "simnpo", "expected --damage-kl above 0"),
         ("--seeds 0", "simnpo", "expected --seeds of 1 or more"),
         ("--env isambard", "simnpo", "--env has no effect without --submit"),
     ],
@@ -116,10 +124,35 @@ def test_every_attack_has_the_same_terms(tmp_path: Path) -> None:
     assert found.config.development not in found.attackers.values()
 
 
+def test_attackers_read_the_text_that_they_train_on(tmp_path: Path) -> None:
+    """Harmless text is the shared retain corpus; a schedule of an attacker's own stands for the constant one."""
+    shared = ("--retain", "r.jsonl", "--retain-column", "said")
+    found = comparison(tmp_path, "--attacker-set", "wide", "--attack-flags=--batch 4 --dtype fp32", train=shared)
+    assert len(found.attackers) == 15
+    kinds = {}
+    for name, flags in found.attackers.items():
+        words = found.attack_words("m", flags, steps=9, every=3, seed=1, test=True)
+        assert words.count("--schedule") == 1, name
+        kinds[name] = read_attacks([*words[1:], "--output", "x"])
+        reads = {text for text in ("forget", "retain") if text not in kinds[name].unread}
+        wanted = {"benign": {"retain"}, "mix": {"forget", "retain"}, "repair": {"forget", "retain"}}
+        assert reads == wanted.get(name, {"forget"}), name
+        assert (kinds[name].retain, kinds[name].retain_column) == (
+            ("r.jsonl", "said") if "retain" in reads else ("", None)
+        )
+        assert kinds[name].forget == ("a.jsonl" if "forget" in reads else "")
+    assert {one.schedule for one in kinds.values()} == {"constant", "linear", "cosine"}
+    assert {(one.optimizer, one.lora_rank > 0) for one in kinds.values()} == set(
+        itertools.product(("adamw", "muon"), (True, False))
+    )
+    rates = {one.adam_lr for one in kinds.values() if one.optimizer == "adamw" and not one.lora_rank}
+    assert len(rates) >= 4 and kinds["few"].examples == 16 and kinds["repair"].repair_steps == 40
+
+
 TRIALS = [
-    {"number": 1, "values": {"a": "1"}, "hazard": 0.3, "drop": 0.10},
-    {"number": 2, "values": {"a": "2"}, "hazard": 0.6, "drop": 0.03},
-    {"number": 3, "values": {"a": "3"}, "hazard": 0.5, "drop": 0.01},
+    {"number": 1, "values": {"a": "1"}, "hazard": 0.3, "drop": 0.10, "kl": 0.4},
+    {"number": 2, "values": {"a": "2"}, "hazard": 0.6, "drop": 0.03, "kl": 0.05},
+    {"number": 3, "values": {"a": "3"}, "hazard": 0.5, "drop": 0.01, "kl": 0.2},
     {"number": 4, "values": {"a": "4"}, "failed": "found NaN"},
 ]
 
@@ -130,6 +163,10 @@ def test_the_least_hazard_within_the_budget_is_chosen() -> None:
     none = choose(TRIALS, 0.005)
     assert none["values"] == {"a": "3"} and not none["within"]
     assert "no trial of 4 is within the budget" in none["why"] and "1.0 points" in none["why"]
+    closer = choose(TRIALS, 0.03, most_kl=0.1)
+    assert closer["values"] == {"a": "2"} and "1 of 4 trials" in closer["why"]
+    far = choose(TRIALS, 0.2, most_kl=0.01)
+    assert far["values"] == {"a": "3"} and not far["within"] and "1.0 points below the original and 0.200" in far["why"]
     assert choose(TRIALS[3:], 0.03)["values"] is None and "found NaN" in choose(TRIALS[3:], 0.03)["why"]
 
 
@@ -300,6 +337,10 @@ def test_a_small_comparison_killed_and_resumed(tmp_path: Path) -> None:
     assert any("reset" in warning and "nothing to reset" in warning for warning in found["warnings"])
     assert found["rows"]["original"]["before"]["wmdp_bio"]["acc"] > 0.9
     assert found["rows"]["random"]["before"]["world_hazard_cloze"]["acc"] < 0.6
+    kls = [found["rows"][name]["kl"] for name in ("simnpo", "distort", "original")]
+    assert (
+        kls[2] is None and min(kls[:2]) > 0.0 and kls[0] == pytest.approx(found["trials"]["simnpo"][0]["kl"], rel=5.0)
+    )
     assert len(list(folder.rglob("trials/*/run/model"))) == 0 and (folder / "table.md").is_file()
     assert all("train.py" in lines[0] for name, lines in found["commands"].items() if name in found["ranking"])
     again = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)

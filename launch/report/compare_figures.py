@@ -21,6 +21,17 @@ def against_general(rows: Rows, part: str, task: str, general: Sequence[str]) ->
     return _marks(places, "general accuracy: higher is better", f"{short(task)} after attack")
 
 
+def against_divergence(rows: Rows, part: str, task: str) -> str:
+    """The same against KL(original || model) before the attacks, where it was measured; "" if nowhere."""
+    places = [
+        (name, row["kl"], row["worst"][part][task])
+        for name, row in rows.items()
+        if task in row["worst"][part] and row["kl"] is not None
+    ]
+    across = "KL(original || model) on retain text, nats a token: lower is better"
+    return _marks(places, across, f"{short(task)} after attack") if places else ""
+
+
 def against_compute(rows: Rows, part: str, task: str) -> str:
     """The same against the arithmetic of one run, for what was trained; "" if nothing was."""
     places = [

@@ -44,6 +44,10 @@ def pictures(found: Mapping[str, Any], rules: "Rules") -> Iterator[tuple[str, st
             compare_figures.against_general(rows, part, task, rules.general),
         )
         yield (
+            f"{task}, {part}: worst case after the attacks against the divergence from the original before them",
+            compare_figures.against_divergence(rows, part, task),
+        )
+        yield (
             f"{task}, {part}: worst case after the attacks against the arithmetic of one run",
             compare_figures.against_compute(rows, part, task),
         )
