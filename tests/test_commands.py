@@ -8,12 +8,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import WORDS, tiny_model, tiny_tokenizer, write_corpus, write_home
 from evals_support import question, write_wmdp
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
 from unlearn.errors import UserError
@@ -168,6 +169,24 @@ def test_fit_lens_is_read_by_train(home: Path, tmp_path: Path, attempt: Callable
     result = run(*fit, "--resume", "never")
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "python -m unlearn: error: expected a new folder for --output" in result.stderr
+
+
+def test_a_lens_of_some_layers(home: Path, tmp_path: Path, attempt: Callable[..., str], token_cache: Path) -> None:
+    """It has these alone, says so, and serves a method that reads no other."""
+    shared: dict[str, Any] = {name: str(home / f"{name}.jsonl") for name in ("forget", "retain")}
+    shared |= {"model": str(home / "model"), "steps": 2, "batch": 4, "seq_len": 24, "dtype": "fp32"}
+    fit_lens(FitLensConfig(output=str(tmp_path / "lens"), layers=(3, 1), **shared))
+    report = json.loads((tmp_path / "lens/fit.json").read_text())
+    assert report["layers"] == [1, 3] and len(report["tuned_lens"]) == len(report["logit_lens"]) == 2
+    with safe_open(tmp_path / "lens/params.safetensors", "pt") as file:
+        assert set(file.keys()) == {"1.weight", "1.bias", "3.weight", "3.bias"}
+    fits = flags(home, tmp_path / "run", lens=tmp_path / "lens", layers="1 3")
+    assert "unlearned model" in attempt(*fits)
+    said = attempt(*flags(home, tmp_path / "other", lens=tmp_path / "lens", layers="1 2"))
+    assert "expected the tensor 2.weight" in said and "--layers" in said
+    for layers, wrong in (((4,), "--layers in 0..3"), ((1, 1), "every layer after --layers once")):
+        with pytest.raises(UserError, match=wrong):
+            fit_lens(FitLensConfig(output=str(tmp_path / "none"), layers=layers, **shared))
 
 
 def test_a_lens_that_learnt_nothing_is_the_logit_lens(home: Path, tmp_path: Path, token_cache: Path) -> None:

@@ -1,5 +1,6 @@
 """The lens on disk and in use, against the `tuned-lens` package where it is installed."""
 
+import copy
 import json
 import pickle
 from pathlib import Path
@@ -11,7 +12,9 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from unlearn.errors import UserError
+from unlearn.fit_lens import EveryLayer
 from unlearn.lens import TunedLens, unembedding_hash
+from unlearn.losses import CHUNK
 from unlearn.model import final_norm, residual_streams, unembedding
 
 INPUT = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
@@ -50,6 +53,40 @@ def test_lens_keeps_the_original_norm_and_unembedding() -> None:
             parameter.zero_()
     assert torch.equal(lens.logits(torch.ones(1, WIDTH), 0), before)
     assert not any(parameter.requires_grad for parameter in lens.parameters())
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "gemma2"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 4 * 2**-8)])
+def test_the_fit_of_a_naive_twin(kind: str, dtype: torch.dtype, bound: float) -> None:
+    """Losses, and gradients of the translators, of two layers over more than one chunk of tokens; in float64."""
+    model = tiny_model(kind).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    count = CHUNK + 77
+    streams = {layer: torch.randn(count, WIDTH, generator=generator).to(dtype) for layer in (1, 3)}
+    final, weights = torch.randn(count, WIDTH, generator=generator).to(dtype), torch.rand(count, generator=generator)
+    lens = TunedLens.identity(model, streams).for_training()
+    for parameter in lens.translators.parameters():
+        parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
+    total, shares = EveryLayer(lens, streams, final, weights).backward(0.5)
+    twin = copy.deepcopy(lens).double()
+    losses = {}
+    for layer, stream in streams.items():
+        translator = twin.translators[str(layer)]
+        moved = stream.double() + stream.double() @ translator.weight.T + translator.bias
+        pair = [hidden @ twin.unembedding.T for hidden in (final.double(), twin.norm(moved))]
+        if lens.softcap is not None:
+            pair = [lens.softcap * torch.tanh(logits / lens.softcap) for logits in pair]
+        expected, live = (logits.log_softmax(-1) for logits in pair)
+        losses[layer] = ((expected.exp() * (expected - live)).sum(-1) * weights.double()).sum()
+    (0.5 * torch.stack(list(losses.values())).sum()).backward()
+    assert total.double() == pytest.approx(sum(loss.item() for loss in losses.values()), rel=bound)
+    assert {name: share.item() for name, share in shares.items()} == pytest.approx(
+        {f"kl/{layer}": loss.item() for layer, loss in losses.items()}, rel=bound
+    )
+    pairs = list(zip(lens.translators.parameters(), twin.translators.parameters(), strict=True))
+    assert len(pairs) == 4 and all(parameter.dtype == torch.float32 for parameter, _ in pairs)
+    for parameter, other in pairs:
+        assert (parameter.grad.double() - other.grad).norm() <= bound * other.grad.norm()
 
 
 @pytest.mark.parametrize("prefix", ["", "layer_translators."])

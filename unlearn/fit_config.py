@@ -17,6 +17,8 @@ class FitLensConfig(CorpusFlags, ResumeFlags, DeviceFlags):
     """New folder for the lens: params.safetensors, params.pt, config.json, fit.json; fitting/ is for going on."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
+    layers: tuple[int, ...] = ()
+    """Layers l to fit, in 0..L-1; a method's target layers are enough for it. Default: all."""
     steps: int = 250
     """Optimizer steps. Published lenses: 250."""
     batch: int = 32
@@ -30,12 +32,14 @@ class FitLensConfig(CorpusFlags, ResumeFlags, DeviceFlags):
     seed: int = 0
     """Of the data order."""
     dtype: Literal["bf16", "fp32"] = "bf16"
-    """Of the model's computation and of the lens on disk; the translators are trained in float32."""
+    """Of the model's computation, its unembedding, and the lens on disk; the translators are trained in float32."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "micro_batch"):
             if getattr(self, name) < 1:
                 raise UserError(f"expected --{name.replace('_', '-')} to be 1 or more; found {getattr(self, name)}")
+        if len(set(self.layers)) < len(self.layers):
+            raise UserError(f"expected every layer after --layers once; found {self.layers}")
         self.check_text()
         self.check_resume()
         if not 0.0 < self.lr < float("inf"):

@@ -6,7 +6,7 @@ model's. A tenth of the windows is held out: KL and top-1 agreement on it are re
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,14 +18,15 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from unlearn.batches import Batches, Rows, check_examples
+from unlearn.config import check_layers
 from unlearn.corpus import Corpus, read_corpus
 from unlearn.distributed import all_sum, fail_together, is_main, process_group
 from unlearn.errors import UserError
 from unlearn.files import atomic_folder, files_hash, write_json, writing
 from unlearn.fit_config import FitLensConfig
 from unlearn.lens import TunedLens
-from unlearn.losses import kl_divergence, logits_of
-from unlearn.methods.terms import Cost, Loss, Numbers, Term
+from unlearn.losses import CHUNK, divergence, logits_of
+from unlearn.methods.terms import Cost, Loss, Numbers, Term, add
 from unlearn.model import load_config, load_model, load_tokenizer, residual_streams
 from unlearn.model_config import check_windows
 from unlearn.optim.build import BETAS, EPS, linear_schedule
@@ -42,6 +43,8 @@ from unlearn.weights import Checkpoint
 class EveryLayer:
     """Sum over layers of KL(final || lens) over a micro-batch's tokens, in nats; differentiated a layer at a time.
 
+    The reference logits of a chunk of tokens are computed once for all layers.
+
     Attributes:
         streams: {l: h[l] [N, D]}. final: the model's final normalised hidden states [N, D].
         weights: what a token counts, float32 [N].
@@ -55,11 +58,24 @@ class EveryLayer:
     def backward(self, weight: float) -> tuple[Tensor, Numbers]:
         """See `unlearn.methods.terms.Cost`."""
         shares: Numbers = {}
-        for layer, stream in self.streams.items():
-            loss = layer_kl(self.lens, stream, layer, self.final, self.weights)[0]
-            (weight * loss).backward()
-            shares[f"kl/{layer}"] = loss.detach()
+        for part in chunks(self.final):
+            for layer, loss in self._losses(part):
+                (weight * loss).backward()
+                add(shares, {f"kl/{layer}": loss.detach()})
         return torch.stack(list(shares.values())).sum(), shares
+
+    def _losses(self, part: slice) -> Iterator[tuple[int, Tensor]]:
+        """(l, its weighted sum []) of the tokens `part`, one by one."""
+        lens, weights = self.lens, self.weights[part]
+        reference = logits_of(self.final[part], lens.unembedding, lens.softcap)
+        for layer, stream in self.streams.items():
+            hidden = lens.hidden(stream[part], layer)
+            yield layer, divergence(hidden, lens.unembedding, lambda _: reference, weights, softcap=lens.softcap)[0]
+
+
+def chunks(tokens: Tensor) -> list[slice]:
+    """Parts of N tokens, whose logits may exist at once."""
+    return [slice(start, start + CHUNK) for start in range(0, len(tokens), CHUNK)]
 
 
 def terms(model: PreTrainedModel, lens: TunedLens, batches: Batches) -> list[Term]:
@@ -74,38 +90,30 @@ def terms(model: PreTrainedModel, lens: TunedLens, batches: Batches) -> list[Ter
 
 @torch.no_grad()
 def read_streams(model: PreTrainedModel, lens: TunedLens, rows: Rows) -> tuple[dict[int, Tensor], Tensor]:
-    """The streams h[0..L-1] of the real tokens, {l: [N, D]}, and the model's final normalised hidden state [N, D]."""
-    streams = residual_streams(model, rows.input_ids, range(lens.depth + 1))
+    """The streams h[l] of the real tokens that the lens reads, {l: [N, D]}, and the model's final normalised hidden
+    state [N, D]."""
+    streams = residual_streams(model, rows.input_ids, [*lens.layers, lens.depth])
     kept = {layer: rows.at_real(stream) for layer, stream in streams.items()}
     return kept, lens.hidden(kept.pop(lens.depth), lens.depth)
 
 
-def layer_kl(lens: TunedLens, stream: Tensor, layer: int, final: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted sum [] and per token [N] of KL(final || lens at `layer`), in nats."""
-    matrix = lens.unembedding
-    return kl_divergence(lens.hidden(stream, layer), matrix, final, matrix, weights, softcap=lens.softcap)
-
-
 @torch.no_grad()
 def measure(model: PreTrainedModel, lens: TunedLens, batches: Batches) -> list[dict[str, float]]:
-    """Mean KL (nats) and top-1 agreement with the model's final distribution, for each layer, over all `batches`."""
+    """Mean KL (nats) and top-1 agreement with the model's final distribution, of each of the lens's layers, over all
+    `batches`."""
     device = lens.unembedding.device
-    sums = torch.zeros(lens.depth, 3, dtype=torch.float64, device=device)
+    sums = torch.zeros(len(lens.layers), 3, dtype=torch.float64, device=device)
     for step in range(batches.steps):
         for rows in batches.micro_batches(step, device):
             streams, final = read_streams(model, lens, rows)
-            ones = torch.ones(final.shape[0], device=device)
-            top = _top(final, lens)
-            for layer in range(lens.depth):
-                divergence = layer_kl(lens, streams[layer], layer, final, ones)[0]
-                agreed = (_top(lens.hidden(streams[layer], layer), lens) == top).sum()
-                sums[layer] += torch.stack([divergence.double(), agreed.double(), ones.sum().double()])
+            for part in chunks(final):
+                expected = logits_of(final[part], lens.unembedding, lens.softcap).log_softmax(dim=-1)
+                for index, layer in enumerate(lens.layers):
+                    read = lens.logits(streams[layer][part], layer).log_softmax(dim=-1)
+                    apart = (expected.exp() * (expected - read)).sum(dim=-1).double().sum()
+                    agreed = (read.argmax(dim=-1) == expected.argmax(dim=-1)).sum()
+                    sums[index] += torch.stack([apart, agreed.double(), apart.new_tensor(len(expected))])
     return [{"kl": kl / n, "top1": agreed / n} for kl, agreed, n in all_sum(sums).tolist()]
-
-
-def _top(hidden: Tensor, lens: TunedLens, chunk: int = 1024) -> Tensor:
-    """The likeliest token of each hidden state, int64 [N]."""
-    return torch.cat([logits_of(part, lens.unembedding).argmax(dim=-1) for part in hidden.split(chunk)])
 
 
 def fit_lens(config: FitLensConfig) -> None:
@@ -131,6 +139,9 @@ def fit_lens(config: FitLensConfig) -> None:
 
 def _read(config: FitLensConfig) -> tuple[list[Corpus], dict[str, str]]:
     """The corpora, and digests of what is read."""
+    model_config = load_config(config.model, revision=config.revision)
+    depth = int(model_config.num_hidden_layers)
+    check_layers(config.layers, depth - 1, depth)
     tokenizer = load_tokenizer(config.model, revision=config.revision)
     corpora = {
         which: read_corpus(
@@ -146,7 +157,6 @@ def _read(config: FitLensConfig) -> tuple[list[Corpus], dict[str, str]]:
             ("retain", config.retain, config.retain_column, config.retain_template),
         )
     }
-    model_config = load_config(config.model, revision=config.revision)
     check_windows(model_config, {corpus.name: corpus.windows for corpus in corpora.values()})
     check_apart(corpora)
     identity = {f"{which} corpus": corpus.sha256() for which, corpus in corpora.items()}
@@ -159,11 +169,13 @@ def _fit(config: FitLensConfig, corpora: list[Corpus], identity: Mapping[str, st
     training, held_out = _split(config, corpora)
     model = load_model(config.model, revision=config.revision, dtype=DTYPES[config.dtype], device=run.device)
     model.requires_grad_(False)
-    lens = TunedLens.identity(model).float()
-    lens.translators.requires_grad_(True)
+    layers = sorted(config.layers) or range(int(model.config.num_hidden_layers))
+    lens = TunedLens.identity(model, layers).for_training()
     optimizer = torch.optim.AdamW(lens.translators.parameters(), lr=config.lr, betas=BETAS, eps=EPS, weight_decay=0.0)
     run.begin(identity, {"adamw": optimizer}, 0)
-    plain = measure(model, TunedLens.identity(model), held_out)  # in the dtype in which the tuned one is measured
+    plain = measure(
+        model, TunedLens.identity(model, layers), held_out
+    )  # in the dtype in which the tuned one is measured
     _train(config, model, lens, training, {"adamw": optimizer}, run)
     lens.to(DTYPES[config.dtype])
     _close(config, output, lens, plain, measure(model, lens, held_out))
@@ -223,12 +235,13 @@ def _close(
     config: FitLensConfig, output: Path, lens: TunedLens, plain: list[dict[str, float]], tuned: list[dict[str, float]]
 ) -> None:
     """Print the table and write the lens with its report, fit.json."""
-    report: dict[str, Any] = {"config": dataclasses.asdict(config), "logit_lens": plain, "tuned_lens": tuned}
+    report: dict[str, Any] = {"config": dataclasses.asdict(config), "layers": lens.layers}
+    report |= {"logit_lens": plain, "tuned_lens": tuned}
     with fail_together():
         if not is_main():
             return
         print("held out   KL (nats)            top-1 agreement\nlayer      logit lens    tuned  logit lens    tuned")
-        for layer, (before, after) in enumerate(zip(plain, tuned, strict=True)):
+        for layer, before, after in zip(lens.layers, plain, tuned, strict=True):
             print(f"{layer:5d} {before['kl']:15.3f} {after['kl']:8.3f} {before['top1']:11.3f} {after['top1']:8.3f}")
         whole = output / "fitting/lens"
         with atomic_folder(whole, replace=True) as temporary:

@@ -83,18 +83,34 @@ class TunedLens(nn.Module):
         return cls(model, {layer: pair for layer, pair in _read_translators(folder, wanted, width)})
 
     @classmethod
-    def identity(cls, model: PreTrainedModel) -> "TunedLens":
-        """The logit lens: every translator zero, so that z[l] = U norm_f(h[l])."""
-        width = int(model.config.hidden_size)
-        zero = [(torch.zeros(width, width), torch.zeros(width)) for _ in range(model.config.num_hidden_layers)]
-        return cls(model, dict(enumerate(zero)))
+    def identity(cls, model: PreTrainedModel, layers: Iterable[int] | None = None) -> "TunedLens":
+        """The logit lens at `layers` (all by default): every translator zero, so that z[l] = U norm_f(h[l])."""
+        width, wanted = (
+            int(model.config.hidden_size),
+            range(model.config.num_hidden_layers) if layers is None else layers,
+        )
+        return cls(model, {layer: (torch.zeros(width, width), torch.zeros(width)) for layer in wanted})
+
+    @property
+    def layers(self) -> list[int]:
+        """Those that it has a translator for."""
+        return [int(layer) for layer in self.translators]
+
+    def for_training(self) -> "TunedLens":
+        """With translators in float32, which are trained, and the norm in float32; the unembedding stays as it is."""
+        self.translators.float().requires_grad_(True)
+        self.norm.float()
+        return self
 
     def hidden(self, h: Tensor, layer: int) -> Tensor:
-        """The normalised hidden state [.., D] that the unembedding reads, of a residual stream [.., D]."""
-        h = h.to(self.unembedding.dtype)
+        """The normalised hidden state [.., D] that the unembedding reads, of a residual stream [.., D].
+
+        Computed in the translators' dtype, and given in the unembedding's.
+        """
+        h = h.to(next(self.translators.parameters(), self.unembedding).dtype)
         if layer < self.depth:
             h = h + self.translators[str(layer)](h)
-        return self.norm(h)
+        return self.norm(h).to(self.unembedding.dtype)
 
     def logits(self, h: Tensor, layer: int) -> Tensor:
         """Float32 logits [.., V] of a residual stream [.., D]; for a few tokens, never for a whole batch."""
