@@ -1,7 +1,7 @@
-"""A real pretrained model without a hub, by the commands that a user types: unlearn the countries, beside a control,
-measure before and after, attack each result, report.
+"""A real pretrained model without a hub, by the commands that a user types: unlearn the countries by several methods,
+beside a control, measure before and after, attack each result, report.
 
-    python launch/demo_real.py
+    python launch/demo_real.py --ranks 2
     python launch/demo_real.py --ranks 2 --methods rmu --steps 60
 
 It prints each command and runs it, and only reads the files that the commands write. Stopped or killed, the same
@@ -26,23 +26,31 @@ TASKS = tuple(f"real_{domain}_cloze" for domain in DOMAINS)
 PROSE = "real_prose"
 CLAIM = "demo-real.json"  # the flags that a demo's numbers depend on
 CONTROL = "next-token"  # trained on retain text alone: what training does that unlearns nothing
-# Chosen on development questions; what the flags mean is in `train.py --help`.
+LAYERS = "10 20"  # that the lens reads
+LORA = "--lora-rank 16 --lora-dropout 0"
+# Chosen on development questions; what the flags mean is in `train.py --help`. PLACE is the demo's folder.
 METHODS = {
-    "rmu": "--layers 10 --steering 130 --retain-coef 10 --adam-lr 5e-3",
-    CONTROL: "--data retain --adam-lr 1e-3",
+    "lens": f"--lens PLACE/lens --layers {LAYERS} --retain-loss kl --adam-lr 1e-3 {LORA}",
+    "simnpo": f"--retain-loss kl --adam-lr 1e-3 {LORA}",
+    "rmu": f"--layers 10 --steering 130 --retain-coef 10 --adam-lr 5e-3 {LORA}",
+    "distill": "--teacher PLACE/rmu/model --noise 0.25 --noise-scale 0.1 --adam-lr 1e-4",
+    CONTROL: f"--data retain --adam-lr 1e-3 {LORA}",
 }
-SHARED = "--lora-rank 16 --lora-dropout 0 --batch 8 --micro-batch 8 --seq-len 128 --no-checkpoint-activations"
-ATTACK = "--lora-rank 16 --adam-lr 1e-3 --batch 8 --micro-batch 8 --seq-len 128 --no-checkpoint-activations"
+TAUGHT_BY = {"distill": "rmu"}  # the method whose model is the teacher of another one
+SHARED = "--batch 8 --micro-batch 4 --seq-len 128 --no-checkpoint-activations"
+ATTACK = f"--adam-lr 1e-3 {LORA} {SHARED}"
 
 
 @dataclass(frozen=True)
 class DemoRealConfig:
-    """Unlearn what a real pretrained model knows of countries, beside a control; measure, attack, report."""
+    """Unlearn what a real pretrained model knows of countries, by several methods and beside a control; measure, attack,
+    report."""
 
     output: str = "runs/demo-real"
     """Folder for everything the demo makes."""
     methods: tuple[str, ...] = tuple(METHODS)
-    """Of rmu, and next-token on the retain text as control."""
+    """Of lens, simnpo, rmu, distill (what rmu's model says, into noised weights), and next-token on the retain text as
+    control."""
     steps: int = flag(30, least=1)
     """Optimizer steps of unlearning: 8 windows of forget text, and 8 of retain text, each."""
     attack_steps: int = flag(20, least=1)
@@ -59,6 +67,9 @@ class DemoRealConfig:
         for name in self.methods:
             if name not in METHODS:
                 raise UserError(f"expected --methods among {' '.join(METHODS)}; found {name}: choose of these")
+            teacher = TAUGHT_BY.get(name)
+            if teacher is not None and teacher not in self.methods[: self.methods.index(name)]:
+                raise UserError(f"expected {teacher} before {name} in --methods, whose teacher it makes; found none")
         if not len(set(self.methods)) == len(self.methods) > 0:
             raise UserError(f"expected --methods to be one or more, each once; found {' '.join(self.methods)}")
 
@@ -105,10 +116,17 @@ def unlearn(config: DemoRealConfig, folder: Path, method: str) -> None:
     """Train with one method, measure, attack; what is there already is not done again."""
     place = shlex.quote(config.output)
     forget, retain = (f"{place}/world/corpora/{name}.jsonl" for name in ("forget", "retain"))
+    if method == "lens":
+        run(
+            config.ranks,
+            f"-m unlearn fit-lens --model {place}/world/model --forget {forget} --retain {retain} --layers {LAYERS} "
+            f"--steps 60 --lr 1e-3 --batch 8 --micro-batch 4 --seq-len 128 --output {place}/lens",
+        )
     corpora = f"--retain {retain}" if method == CONTROL else f"--forget {forget} --retain {retain}"
     run(
         config.ranks,
-        f"train.py --method {method} --model {place}/world/model {corpora} {METHODS[method]} {SHARED} "
+        f"train.py --method {method} --model {place}/world/model {corpora} "
+        f"{METHODS[method].replace('PLACE', place)} {SHARED} "
         f"--steps {config.steps} --seed {config.seed} --output {place}/{method}",
     )
     measure(config, folder, f"after-{method}", f"{place}/{method}/model")
