@@ -52,12 +52,13 @@ COMPARE := runs/compare-world
 compare: $(READY)
 	test -d $(COMPARE) || $(BIN)/python -m unlearn world --output $(COMPARE)
 	$(BIN)/python -m unlearn fit-lens --model $(COMPARE)/model --forget $(COMPARE)/corpora/forget.jsonl \
-		--retain $(COMPARE)/corpora/retain.jsonl --output runs/compare-lens --steps 100 --lr 3e-3 --batch 32 \
-		--micro-batch 16 --seq-len 96 --dtype fp32
+		--retain $(COMPARE)/corpora/retain.jsonl --output runs/compare-lens --layers 3 --steps 100 --lr 3e-3 --batch 32 \
+		--micro-batch 32 --seq-len 96 --dtype fp32
 	OMP_NUM_THREADS=1 $(BIN)/python launch/compare.py --output runs/compare --methods $(METHODS) --trials $(TRIALS) \
 		--seeds $(SEEDS) --jobs 2 --attack-text $(COMPARE)/corpora/attack.jsonl --data-dir $(COMPARE)/data \
 		--dev-data-dir $(COMPARE)/development --control never-seen=$(COMPARE)/never-seen \
-		--attack-flags='--batch 16 --micro-batch 8 --seq-len 96 --dtype fp32' \
+		--tune adam-lr=1e-3,3e-3 --damage 0.05 --damage-kl 0.5 \
+		--attack-flags='--batch 16 --micro-batch 16 --seq-len 96 --dtype fp32 --no-checkpoint-activations' \
 		$(if $(filter lens,$(METHODS)),--method-flags='lens=--lens runs/compare-lens --layers 3 4 --retain-loss kl') \
 		$(if $(filter rmu,$(METHODS)),--method-flags='rmu=--layers 2') \
 		$(if $(filter circuit-breakers,$(METHODS)),--method-flags='circuit-breakers=--layers 2 3') \
@@ -66,7 +67,7 @@ compare: $(READY)
 		$(if $(filter distill,$(METHODS)),--method-flags='distill=--no-on-forget') \
 		--method-flags='oracle=--adam-lr 1e-3' \
 		-- --model $(COMPARE)/model --forget $(COMPARE)/corpora/forget.jsonl --retain $(COMPARE)/corpora/retain.jsonl \
-		--examples 1200 --batch 16 --micro-batch 8 --seq-len 96 --dtype fp32 --no-checkpoint-activations
+		--examples 1700 --epochs 2 --batch 16 --micro-batch 16 --seq-len 96 --dtype fp32 --no-checkpoint-activations
 
 # A file of tests a process, in two processes of one thread each.
 test: $(READY)
