@@ -57,7 +57,8 @@ compare: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python launch/compare.py --output runs/compare --methods $(METHODS) --trials $(TRIALS) \
 		--seeds $(SEEDS) --jobs 2 --attack-text $(COMPARE)/corpora/attack.jsonl --data-dir $(COMPARE)/data \
 		--dev-data-dir $(COMPARE)/development --control never-seen=$(COMPARE)/never-seen \
-		--tune adam-lr=1e-3,3e-3 --damage 0.05 --damage-kl 0.5 \
+		--tune adam-lr=1e-3,3e-3 --damage 0.05 --damage-kl 0.5 --way-flags='--paraphrases $(COMPARE)/development' \
+		--lens-flags='--steps 60 --lr 3e-3 --batch 32 --micro-batch 32 --seq-len 96' \
 		--attack-flags='--batch 16 --micro-batch 16 --seq-len 96 --dtype fp32 --no-checkpoint-activations' \
 		$(if $(filter lens,$(METHODS)),--method-flags='lens=--lens runs/compare-lens --layers 3 4 --retain-loss kl') \
 		$(if $(filter rmu,$(METHODS)),--method-flags='rmu=--layers 2') \

@@ -1,4 +1,5 @@
-"""What a model still knows, found without training it: see `evals/attack/ways.py` and `evals/attack/probe.py`.
+"""What a model still knows, found without training it: see `ways.py`, `wordings.py`, `early.py` and `probe.py` in
+`evals/attack`.
 
     python -m evals.elicit --model runs/NAME/model --original MODEL --tasks wmdp_bio --data-dir questions --output looks
 
@@ -7,6 +8,7 @@ Any number of ranks gives the same numbers. Writes elicit.json and table.md.
 
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from evals.evaluation import Evaluation
+    from unlearn.lens import TunedLens
 
 OWN = frozenset(("elicit.json", "table.md"))
 AS_IT_IS = "as it is"
@@ -35,12 +38,13 @@ def elicit(config: ElicitConfig) -> None:
     from unlearn.run.folder import check_output
 
     with process_group(config.device) as device:
-        folder = check_output(config.output, config.overwrite, OWN, (config.model, config.original))
+        inputs = (config.model, config.original, config.lens)
+        folder = check_output(config.output, config.overwrite, OWN, inputs)
         tokenizer, model_config = load_tokenizer(config.model, revision=config.revision), load_config(config.model)
         evaluations = dict(_evaluations(config, tokenizer, model_config))
         model = load_model(config.model, revision=config.revision, dtype=DTYPES[config.dtype], device=device)
         original = _original(config, model, device)
-        found = looks(evaluations, model, original)
+        found = looks(evaluations, model, original, _lens(config, model))
         result: dict[str, Any] = {"model": config.model, "command": typed_command()}
         result["questions"] = evaluations[AS_IT_IS].sha256()
         result |= {"ways": judged(found), "probe": probes(config, found[AS_IT_IS].result, model, tokenizer)}
@@ -59,15 +63,26 @@ class Look:
 
 def _evaluations(config: ElicitConfig, tokenizer: Any, model_config: Any) -> "Iterator[tuple[str, Evaluation]]":
     """The questions as they are asked each way that changes no weight."""
+    from evals.attack.wordings import WORDINGS
     from evals.evaluation import Evaluation
 
     asked: dict[str, Any] = {"tasks": config.tasks, "data_dir": config.data_dir, "include_path": config.include_path}
     asked |= {"limit": config.limit, "subsample": config.subsample, "device": config.device}
-    plain = Evaluation(tokenizer, model_config=model_config, **asked)
-    yield AS_IT_IS, plain
+    asked["model_config"] = model_config
+    yield AS_IT_IS, Evaluation(tokenizer, **asked)
+    for name, wording in WORDINGS.items() if config.wordings else ():
+        yield name, Evaluation(tokenizer, wording=wording, **asked)
+    if config.paraphrases is not None:
+        yield "other questions", Evaluation(tokenizer, **asked | {"data_dir": config.paraphrases})
     if config.num_fewshot:
         shots = config.num_fewshot
-        yield f"{shots} examples", Evaluation(tokenizer, model_config=model_config, shots=shots, **asked)
+        yield f"{shots} examples", Evaluation(tokenizer, shots=shots, **asked)
+
+
+def _lens(config: ElicitConfig, model: "PreTrainedModel") -> "TunedLens | None":
+    from unlearn.lens import TunedLens, fitted_layers
+
+    return None if config.lens is None else TunedLens.load(config.lens, model, fitted_layers(config.lens))
 
 
 def _original(config: ElicitConfig, model: "PreTrainedModel", device: "torch.device") -> "PreTrainedModel | None":
@@ -87,21 +102,47 @@ def _original(config: ElicitConfig, model: "PreTrainedModel", device: "torch.dev
 
 
 def looks(
-    evaluations: "dict[str, Evaluation]", model: "PreTrainedModel", original: "PreTrainedModel | None"
+    evaluations: "dict[str, Evaluation]",
+    model: "PreTrainedModel",
+    original: "PreTrainedModel | None",
+    lens: "TunedLens | None" = None,
 ) -> dict[str, Look]:
-    """What each way shows. Every rank must call it."""
+    """What each way shows. Every rank must call it.
+
+    Raises:
+        UserError: a way asks other questions, of which there are more or fewer.
+    """
+    from evals.attack.early import read_early
     from evals.attack.ways import taken, ways
 
     found: dict[str, Look] = {}
+    plain = evaluations[AS_IT_IS]
+
+    def look(name: str, evaluation: "Evaluation", changed: "AbstractContextManager[None]") -> None:
+        started = time.monotonic()
+        with changed:
+            result = evaluation.run(model, name=name)
+        found[name] = Look(result, time.monotonic() - started)
+
     for name, evaluation in evaluations.items():
-        started = time.monotonic()
-        found[name] = Look(evaluation.run(model, name=name), time.monotonic() - started)
+        look(name, evaluation, nullcontext())
+        _check_paired(found, name)
     for way in ways(original is not None):
-        started = time.monotonic()
-        with taken(way, model, original):
-            result = evaluations[AS_IT_IS].run(model, name=way.name)
-        found[way.name] = Look(result, time.monotonic() - started)
+        look(way.name, plain, taken(way, model, original))
+    for layer in [] if lens is None else lens.layers:
+        look(f"lens at layer {layer}", plain, read_early(model, lens, layer))  # type: ignore[arg-type]
     return found
+
+
+def _check_paired(found: dict[str, Look], name: str) -> None:
+    """Raise unless a way asks as many questions of each task as are asked as it is."""
+    for task, before in found[AS_IT_IS].result["answers"].items():
+        asked, now = (len(answers.right) for answers in (before, found[name].result["answers"][task]))
+        if asked != now:
+            raise UserError(
+                f"expected {asked} questions of {task} in --paraphrases, as in --data-dir, one for one; found {now}: "
+                "give the same questions in other words"
+            )
 
 
 def judged(found: dict[str, Look]) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,8 @@ from unlearn.flags import flag, settle
 @dataclass(frozen=True, kw_only=True)
 class ElicitConfig(DeviceFlags):
     """Look for what a model still knows without training it: weights rounded to 8 and 4 bits, pruned, or moved back
-    towards the original; examples before each question; a linear probe on the residual stream."""
+    towards the original; questions in other words, and with examples before them; a tuned lens and a linear probe on
+    the residual stream."""
 
     model: str
     """Folder or hub name of the model."""
@@ -36,6 +37,12 @@ class ElicitConfig(DeviceFlags):
     num_fewshot: int = flag(0, least=0)
     """Examples before each question, in a way of its own, for tasks whose definition does not fix them at none (WMDP's
     does). 0 leaves that way out."""
+    wordings: bool = True
+    """Also ask the same questions in three other prompts: told that an expert answers, asked twice, in a dialogue."""
+    paraphrases: str | None = None
+    """Folder like --data-dir with the same questions in other words and in the same order, a way of its own."""
+    lens: str | None = None
+    """Tuned lens that was fitted to --model itself (`python -m unlearn fit-lens`), to answer from each layer by."""
     layers: tuple[int, ...] = ()
     """Layers at which the probe reads the residual stream. Default: all."""
     seed: int = flag(0, least=0)
@@ -51,3 +58,5 @@ class ElicitConfig(DeviceFlags):
             raise UserError("expected at least one name after --tasks; found none: try wmdp_bio")
         if self.limit is not None and self.subsample is not None:
             raise UserError("--limit has no effect beside --subsample: give one of them")
+        if self.paraphrases is not None and self.data_dir is None:
+            raise UserError("expected --data-dir beside --paraphrases, whose questions they paraphrase; found none")

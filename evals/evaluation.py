@@ -5,7 +5,7 @@ import importlib.metadata
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -68,6 +68,7 @@ class Evaluation:
         pools: further rows of the summary: the tasks or groups that make up each.
         shots: few-shot examples before each question, but for tasks whose own definition says that there are none.
         chat: ask through the tokenizer's chat template, as lm-eval does with examples as turns.
+        wording: what each prompt becomes, examples and chat template included.
         batch_tokens: tokens of one forward pass of one rank, padding included; None chooses by the device.
         device: that was asked for, see `device.choose_device`.
         model_config: of the model to be measured; with it questions that are too long, or have tokens that it has no
@@ -110,6 +111,7 @@ class Evaluation:
         pools: Mapping[str, Sequence[str]] | None = None,
         shots: int | None = None,
         chat: bool = False,
+        wording: Callable[[str], str] | None = None,
         batch_tokens: int | None = None,
         device: str | None = None,
         model_config: PretrainedConfig | None = None,
@@ -138,6 +140,7 @@ class Evaluation:
                 self._metrics = _choose_metrics(self.tasks, metric)
                 for task in self.tasks.values():
                     task.chat_template = template
+                    task.wording = wording
                     task.build_all_requests()
         measured = [*self.tasks, *self._loaded["groups"]]
         self._pools = self._check_pools(pools or {}, measured)

@@ -15,11 +15,13 @@ from typing import Any, Literal
 import tyro
 
 from evals.attack.config import read_attacks
+from evals.elicit_config import ElicitConfig
 from launch.compare_attackers import SETS, named, schedule_words, text_words
 from launch.jobs import Slurm
 from launch.search import Values
 from unlearn.config import METHODS, TrainConfig, check_once, parse_flags, parse_method_flags, split_names
 from unlearn.errors import UserError
+from unlearn.fit_config import FitLensConfig
 from unlearn.flags import idle
 from unlearn.grid import given, points, read_grid
 from unlearn.methods import tuning_of
@@ -101,7 +103,13 @@ class CompareConfig:
     """Another model to attack, NAME=MODEL. `never-seen`, one that never saw the hazard text, also teaches the oracle, a
     distillation. Always there: the original, random weights, and `--method reset`."""
     ways: bool = True
-    """Also look into each chosen model, of the first seed, without training it (evals/elicit.py)."""
+    """Also look into each chosen model, of the first seed, and into the original and the given controls, without
+    training them (evals/elicit.py)."""
+    way_flags: str = ""
+    """Further flags of evals/elicit.py, e.g. --way-flags='--num-fewshot 3 --paraphrases other-questions'."""
+    lens_flags: str | None = None
+    """Also fit a tuned lens to each of these models and answer from every layer by it: flags of fit-lens, e.g.
+    --lens-flags='--steps 100 --batch 16 --seq-len 512'. Costs far more than the other ways."""
 
     jobs: int = 1
     """Methods and controls that are worked at together."""
@@ -128,6 +136,8 @@ class CompareConfig:
             raise UserError(f"expected --damage-kl above 0 and finite; found {self.damage_kl}")
         if self.attackers and self.attacker_set != "usual":
             raise UserError("--attacker-set has no effect beside --attackers: leave it out")
+        if not self.ways and (self.way_flags or self.lens_flags is not None):
+            raise UserError("--way-flags and --lens-flags have no effect with --no-ways: leave them out")
         if self.seed < 0:
             raise UserError(f"expected --seed to be 0 or more; found {self.seed}")
         if self.env is not None and self.submit is None:
@@ -249,6 +259,19 @@ class Comparison:
         subsample = self.config.eval_subsample
         return words + ([] if subsample is None else ["--subsample", str(subsample)])
 
+    def way_words(self, model: str, output: Path, lens: Path | None) -> list[str]:
+        """The command that looks into a model without training it."""
+        config = self.config
+        words = self.look_words("evals/elicit.py", model) + ["--original", self.shared.model, "--overwrite"]
+        words += ["--tasks", *config.hazard, "--output", str(output), *self.question_words(True)]
+        return words + ([] if lens is None else ["--lens", str(lens)]) + shlex.split(config.way_flags)
+
+    def lens_words(self, model: str, output: Path) -> list[str]:
+        """The command that fits a lens to a model."""
+        words = ["-m", "unlearn", "fit-lens", "--model", model, "--output", str(output), *self._device()]
+        words += self._given(TEXT) + ["--dtype", self.shared.dtype]
+        return words + shlex.split(self.config.lens_flags or "")
+
     def _device(self) -> list[str]:
         return [] if self.shared.device is None else ["--device", self.shared.device]
 
@@ -292,6 +315,10 @@ def read_comparison(arguments: Sequence[str] | None = None) -> Comparison:
             found.settings(method, values, config.seed)
     for flags in (config.development, *found.attackers.values()):
         read_attacks([*found.attack_words("x/y", flags, steps=1, every=1, seed=0, test=True)[1:], "--output", "attack"])
+    if config.ways:
+        parse_flags(ElicitConfig, found.way_words("x/y", Path("ways"), None)[1:])
+    if config.lens_flags is not None:
+        parse_flags(FitLensConfig, found.lens_words("x/y", Path("lens"))[3:])
     if config.slurm is not None:
         config.slurm.check()
     return found

@@ -3,7 +3,7 @@
 methods/NAME/trials/01-SETTING/   run/ attack/ trial.json       tuning: trained, attacked on development questions
 methods/NAME/chosen.json          the trial whose setting is taken
 methods/NAME/seed-1-SETTING/      run/ attacks/ATTACKER/ ways/  the chosen setting, attacked on test questions
-controls/NAME/                    run/ attacks/ATTACKER/        the same of what is no method
+controls/NAME/                    run/ attacks/ATTACKER/ ways/  the same of what is no method
 before/                           the original on the development questions
 """
 
@@ -198,6 +198,8 @@ def run_control(comparison: Comparison, name: str) -> None:
         return _judge_run(comparison, comparison.oracle_words(seed), folder, seed, ways=False)
     model = comparison.controls.get(name, comparison.shared.model)
     attack_all(comparison, model, folder, seed, fresh=name == RANDOM)
+    if name != RANDOM and comparison.config.ways:
+        look_into(comparison, model, folder)
 
 
 def control_names(comparison: Comparison) -> list[str]:
@@ -214,11 +216,19 @@ def _judge_run(comparison: Comparison, words: Sequence[str], folder: Path, seed:
         return
     attack_all(comparison, str(model), folder, seed)
     if ways:
-        config = comparison.config
-        look = comparison.look_words("evals/elicit.py", str(model)) + ["--original", comparison.shared.model]
-        look += ["--tasks", *config.hazard, "--output", str(folder / "ways"), "--overwrite"]
-        look += comparison.question_words(True)
-        _tried(comparison, look, folder / "ways.log", folder / "ways" / "elicit.json")
+        look_into(comparison, str(model), folder)
+
+
+def look_into(comparison: Comparison, model: str, folder: Path) -> None:
+    """The ways that train nothing, with a lens of the model's own if there is to be one."""
+    lens, fitted = folder / "lens", None
+    if comparison.config.lens_flags is not None:
+        words = comparison.lens_words(model, lens)
+        fitted = lens if _tried(comparison, words, folder / "lens.log", lens / "config.json") else None
+    words = comparison.way_words(model, folder / "ways", fitted)
+    if comparison.shared.revision is not None and model == comparison.shared.model:
+        words += ["--revision", comparison.shared.revision]
+    _tried(comparison, words, folder / "ways.log", folder / "ways" / "elicit.json")
 
 
 def train(comparison: Comparison, words: Sequence[str], folder: Path) -> Path:
@@ -242,12 +252,18 @@ def attack_all(comparison: Comparison, model: str, folder: Path, seed: int, fres
         _tried(comparison, words, folder / f"attack-{name}.log", output / "attack.json")
 
 
-def _tried(comparison: Comparison, words: Sequence[str], log: Path, done: Path) -> None:
-    """Run a command whose failure leaves the others their sense: it stands in a file beside the log."""
+def _tried(comparison: Comparison, words: Sequence[str], log: Path, done: Path) -> bool:
+    """Run a command whose failure leaves the others their sense: it stands in a file beside the log.
+
+    Returns:
+        whether it came to its end.
+    """
     try:
         carry_out(comparison, words, log, done)
     except CommandFailed as failure:
         print(f"{log}: {failure}", flush=True)
+        return False
+    return True
 
 
 def cost_of(run: Path) -> Record:

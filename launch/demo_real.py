@@ -43,8 +43,8 @@ ATTACK = f"--adam-lr 1e-3 {LORA} {SHARED}"
 
 @dataclass(frozen=True)
 class DemoRealConfig:
-    """Unlearn what a real pretrained model knows of countries, by several methods and beside a control; measure, attack,
-    report."""
+    """Unlearn what a real pretrained model knows of countries, by several methods and beside a control; measure,
+    attack, report."""
 
     output: str = "runs/demo-real"
     """Folder for everything the demo makes."""

@@ -187,7 +187,7 @@ def run(words: Sequence[str], ranks: int, log: Path) -> None:
     environment = os.environ | {MARK: str(log.parent.resolve())}
     with writing(log), log.open("wb") as stream:
         process = subprocess.Popen(
-            [*start, str(ROOT / words[0]), *words[1:]],
+            [*start, words[0] if words[0] == "-m" else str(ROOT / words[0]), *words[1:]],
             stdout=stream,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -216,7 +216,7 @@ def _told_to_stop(folder: Path, code: int) -> bool:
 def _reason(text: str, code: int) -> str:
     """The error in a command's output: its own sentence, else the last line of a traceback, else the exit code."""
     lines = [line.strip() for line in re.split(r"[\r\n]+", text)]
-    sentences = [line.partition(": error: ")[2] for line in lines if re.search(r"\.(py|sh): error: ", line)]
+    sentences = [line.partition(": error: ")[2] for line in lines if re.search(r"(\.(py|sh)|-m [\w.]+): error: ", line)]
     errors = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b", line)]
     if sentences or errors:
         return (sentences or errors[-1:])[0]

@@ -8,14 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import DEPTH, random_lens, tiny_model
+from evals_support import question, write_wmdp
 from transformers import PreTrainedModel
 
+from evals.attack.early import read_early
 from evals.attack.probe import probe, shuffled_targets
 from evals.attack.ways import pruned, rounded, taken, ways
+from evals.attack.wordings import WORDINGS
 from evals.elicit import in_words, main, table
+from evals.evaluation import Evaluation
 from evals.judge.stats import holm
 from unlearn.errors import UserError
+from unlearn.fit_config import FitLensConfig
+from unlearn.fit_lens import fit_lens
+from unlearn.model import load_tokenizer, residual_streams
 from unlearn.world.build import build_world
 
 
@@ -121,8 +128,52 @@ def test_a_look_at_the_embedded_model(world: Path, tmp_path: Path) -> None:
         (("--num-fewshot", 5), "expected a task that takes examples for --num-fewshot"),
         (("--layers", 7), "expected --layers in 0..4"),
         (("--original", "/nowhere"), "found nothing at /nowhere"),
+        (("--lens", "/nowhere"), "found nothing at /nowhere"),
+        (("--paraphrases", "FEWER"), "expected 4 questions of wmdp_bio in --paraphrases, .* found 2"),
     ],
 )
 def test_mistakes(world: Path, tmp_path: Path, more: tuple[object, ...], said: str) -> None:
+    write_wmdp(tmp_path / "fewer", [question(number, 0, None) for number in range(2)])
+    more = tuple(tmp_path / "fewer" if word == "FEWER" else word for word in more)
     with pytest.raises(UserError, match=said):
         run(world, tmp_path / "looks", "--limit", 4, *more)
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "llama", "gpt2", "gemma2"])
+def test_a_model_read_early_says_what_the_lens_reads(kind: str) -> None:
+    """The logits of the whole model are the lens's of that layer; afterwards they are its own again."""
+    model = tiny_model(kind).eval()
+    lens, ids = random_lens(model), torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
+    with torch.no_grad():
+        before, streams = model(ids).logits, residual_streams(model, ids, range(DEPTH))
+        for layer in range(DEPTH):
+            with read_early(model, lens, layer):
+                found = model(ids).logits
+            torch.testing.assert_close(found, lens.logits(streams[layer], layer), rtol=1e-4, atol=1e-5)
+        assert torch.equal(model(ids).logits, before)
+
+
+def test_lens_paraphrases_and_wordings_are_ways(world: Path, tmp_path: Path) -> None:
+    """Each in the table and in the family of tests; a lens low in the model reads little."""
+    shared = dict[str, Any](forget=str(world / "corpora/forget.jsonl"), retain=str(world / "corpora/retain.jsonl"))
+    shared |= {"model": str(world / "model"), "seq_len": 96, "dtype": "fp32", "micro_batch": 16}
+    fit_lens(FitLensConfig(output=str(tmp_path / "lens"), layers=(1, 3), steps=20, lr=3e-3, **shared))
+    more = ["--subsample", 40, "--layers", 4, "--lens", tmp_path / "lens", "--paraphrases", world / "development"]
+    found = run(world, tmp_path / "looks", *more, "--num-fewshot", 0)
+    names = ["as it is", *WORDINGS, "other questions", "8 bits"]
+    assert list(found["ways"])[: len(names)] == names
+    assert list(found["ways"])[-2:] == ["lens at layer 1", "lens at layer 3"]
+    right = {name: way["tasks"]["wmdp_bio"]["acc"] for name, way in found["ways"].items()}
+    assert right["other questions"] > 0.9 and right["lens at layer 1"] < 0.6
+    assert all("p_gain" in way["tasks"]["wmdp_bio"] for name, way in found["ways"].items() if name != "as it is")
+    plain = run(world, tmp_path / "plain", "--subsample", 40, "--layers", 4, "--no-wordings")
+    assert not set(WORDINGS) & set(plain["ways"])
+
+
+def test_what_a_prompt_becomes(world: Path) -> None:
+    tokenizer = load_tokenizer(str(world / "model"))
+    asked: dict[str, Any] = {"tasks": ("wmdp_bio", "world_hazard_open"), "data_dir": world / "data", "limit": 2}
+    plain, twice = Evaluation(tokenizer, **asked), Evaluation(tokenizer, wording=WORDINGS["asked twice"], **asked)
+    for name, task in plain.tasks.items():
+        for one, other in zip(task.instances, twice.tasks[name].instances, strict=True):
+            assert other.args[0] == f"{one.args[0]}\n\nI ask again.\n\n{one.args[0]}" and other.args[1] == one.args[1]

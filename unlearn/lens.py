@@ -141,6 +141,17 @@ class TunedLens(nn.Module):
         }
 
 
+def fitted_layers(path: str) -> list[int]:
+    """The layers l whose translators a lens has, rising.
+
+    Raises:
+        UserError: the folder or its files are missing or damaged.
+    """
+    with _open_tensors(_folder(path)) as tensors:
+        names = (name.removeprefix(PREFIX).partition(".") for name in tensors.keys())
+        return sorted({int(layer) for layer, _, what in names if what == "weight" and layer.isdigit()})
+
+
 def _save_pickle(tensors: dict[str, Tensor], file: Path) -> None:
     """`torch.save`, whose writer hides what the operating system answered."""
     try:

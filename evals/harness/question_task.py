@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +44,7 @@ class QuestionTask(ConfigurableTask):
         provenance: what was read: SHA-256 by file, or the fingerprint of what came from the hub by split.
         available: how many questions the data hold.
         orders: in how many cyclic orders of its choices each question is asked.
-        chat_template: makes prompts of messages; None asks in plain text.
+        chat_template: makes prompts of messages; None asks in plain text. wording: what a prompt then becomes.
         left_out: how many questions were not asked because their choices speak of each other's letters or places.
         keys: what marks each question with choices, once requests were built.
     """
@@ -60,6 +60,7 @@ class QuestionTask(ConfigurableTask):
         self._hashes: list[Hashes] | None = None
         self._metrics: list[dict[str, Any]] = []
         self.chat_template: ChatTemplate | None = None
+        self.wording: Callable[[str], str] | None = None
         self.keys: list[Key] = []
         self.available, self.orders, self.left_out = 0, 1, 0
         with explained(
@@ -279,6 +280,7 @@ class QuestionTask(ConfigurableTask):
                     fewshot_as_multiturn=True,
                     chat_template=self.chat_template,
                 )
+                context = context if self.wording is None else self.wording(context)
                 if self.OUTPUT_TYPE == "multiple_choice":
                     self.keys.append(self._key(document, number))
                 metadata = (self.config.task, number, self.config.repeats)
