@@ -109,16 +109,19 @@ OUTPUTS = {
     "ignorant-teacher": (4, {}),
     "distill": (1, {}),
     "distort": (4, {}),
+    "npo beside an adversary": (4, {"adversary": "relearn", "adversary_rank": 8}),
+    "rmu beside an adversary": (2, {"adversary": "relearn", "adversary_rank": 8, "lora_rank": 8, "layers": (4,)}),
+    "npo beside an adversary, alone": (1, {"adversary": "relearn", "adversary_rank": 32}),
 }
 
 
 @pytest.mark.parametrize(
-    "method",
-    [pytest.param(method, marks=pytest.mark.slow if method in ("wga", "distort") else ()) for method in OUTPUTS],
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in ("wga", "distort") else ()) for name in OUTPUTS],
 )
-def test_formula_of_other_methods_is_within_a_tenth_of_the_simulation(folder: str, method: str) -> None:
-    ranks, flags = OUTPUTS[method]
-    config = configure(method, model=folder, seq_len=256, micro_batch=4, **flags)
+def test_formula_of_other_methods_is_within_a_tenth_of_the_simulation(folder: str, name: str) -> None:
+    ranks, flags = OUTPUTS[name]
+    config = configure(name.partition(" ")[0], model=folder, seq_len=256, micro_batch=4, **flags)
     layout = Layout.of(config, ranks, ranks)
     planned = peak_gib(config, Shape.of(empty_model(folder), config), layout, needs_of(config))
     assert planned == pytest.approx(simulated_peak(config, layout) / GIB, rel=0.10)

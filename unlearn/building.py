@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from unlearn.adversary import adversary, beside_adversary
 from unlearn.batches import Batches
 from unlearn.config import TrainConfig
 from unlearn.distributed import fail_together
@@ -152,12 +153,16 @@ def method_parts(
 
 
 def method_phases(config: TrainConfig, parts: Parts) -> list[Phase]:
-    """What --method makes of these parts: its phases, or the one of its terms; both under any --latent-attack."""
+    """What --method makes of these parts: its phases, or the one of its terms; both under any --latent-attack, and
+    beside any --adversary."""
     module, attack = method_module(config.method), latent_attack(config, parts.model)
-    if attack is not None:
-        parts = replace(parts, original=attack.suspended(parts.original))
+    opponent = adversary(config, parts.model, parts.device)
+    for absent in (attack, opponent):
+        if absent is not None:
+            parts = replace(parts, original=absent.suspended(parts.original))
     phases = module.phases(config, parts) if hasattr(module, "phases") else [Phase("", module.terms(config, parts))]
-    return phases if attack is None else attacked(phases, attack)
+    phases = phases if attack is None else attacked(phases, attack)
+    return phases if opponent is None else beside_adversary(phases, opponent)
 
 
 def method_terms(config: TrainConfig, parts: Parts) -> list[Term]:

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
+from unlearn.adversary_config import AdversaryFlags
 from unlearn.budget_config import BudgetFlags
 from unlearn.errors import UserError
 from unlearn.filter_config import FilterFlags
@@ -124,7 +125,7 @@ class ResumeFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(BudgetFlags, FilterFlags, LatentFlags, CorpusFlags, ResumeFlags, DeviceFlags):
+class TrainConfig(BudgetFlags, FilterFlags, LatentFlags, AdversaryFlags, CorpusFlags, ResumeFlags, DeviceFlags):
     """Change a model by a method: the flags that all methods share. `config_of` adds those of the chosen one."""
 
     method: Literal[METHODS] = "lens"  # type: ignore[valid-type]
@@ -253,6 +254,7 @@ class TrainConfig(BudgetFlags, FilterFlags, LatentFlags, CorpusFlags, ResumeFlag
         settle(self)
         self.check_filter()
         self.check_latent()
+        self.check_adversary()
         self.check_budgets()
         if self.muon_method == "quintic":
             object.__setattr__(self, "muon_floor", 0.0)

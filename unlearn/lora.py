@@ -44,7 +44,7 @@ class LoraLinear(nn.Module):
 
     def __init__(self, base: nn.Module, name: str, *, rank: int, alpha: float, dropout: float, seed: int):
         super().__init__()
-        outputs, inputs = _shape(base)
+        outputs, inputs = shape_of(base)
         weight: Tensor = base.weight  # type: ignore[assignment]
         self.base = base.requires_grad_(False)
         self.scale, self.dropout, self.salt = alpha / rank, dropout, derive(name)
@@ -84,13 +84,13 @@ class LoraLinear(nn.Module):
         return update.T if isinstance(self.base, Conv1D) else update
 
 
-def _shape(layer: nn.Module) -> tuple[int, int]:
+def shape_of(layer: nn.Module) -> tuple[int, int]:
     """(outputs, inputs) of a linear layer."""
     rows, columns = layer.weight.shape  # type: ignore[misc]
     return (columns, rows) if isinstance(layer, Conv1D) else (rows, columns)
 
 
-def _linears(model: PreTrainedModel) -> dict[str, nn.Module]:
+def linears(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Every linear layer inside the blocks, by full name."""
     prefix = blocks_prefix(model)
     named = blocks(model).named_modules()
@@ -126,15 +126,15 @@ def add_lora(
     Raises:
         UserError: a target matches no layer.
     """
-    linears = _linears(model)
+    layers_by_name = linears(model)
     for target in targets:
-        if not any(name.split(".")[-1] == target for name in linears):
-            known = ", ".join(sorted({name.split(".")[-1] for name in linears}))
+        if not any(name.split(".")[-1] == target for name in layers_by_name):
+            known = ", ".join(sorted({name.split(".")[-1] for name in layers_by_name}))
             raise UserError(
                 f"expected --lora-targets among {known}; found {target!r}: name linear layers of the blocks"
             )
     model.requires_grad_(False)
-    for name, layer in linears.items():
+    for name, layer in layers_by_name.items():
         if not is_target(model, f"{name}.weight", targets, layers):
             continue
         parent, _, child = name.rpartition(".")

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from harness import run_ranks
+from test_adversary import ADVERSARY
 from test_latent_attack import ATTACK
 from test_output_methods import CASES, LAST, assembled, inputs
 from torch import Tensor
@@ -17,10 +18,17 @@ pytestmark = pytest.mark.usefixtures("token_cache")
 
 
 def of_all(home: Path, inputs: Path, flags: dict[str, Any]) -> dict[str, tuple[dict[str, float], dict[str, Tensor]]]:
-    """The numbers to log and the gradients of a step with a short batch, for every method."""
+    """The numbers to log and the gradients of a step with a short batch, for every method; of an adversary's, once it
+    has learnt from two batches."""
     found = {}
-    for name, more in [(name, {}) for name in CASES] + [("npo under attack", ATTACK)]:
-        run = assembled(home, name.removesuffix(" under attack"), inputs, **flags, **more)
+    for name, more in [(name, {}) for name in CASES] + [("npo under attack", ATTACK), ("npo beside", ADVERSARY)]:
+        run = assembled(home, name.removesuffix(" under attack").removesuffix(" beside"), inputs, **flags, **more)
+        for step in range(2) if more == ADVERSARY else ():
+            gradients(run.model, run.loss, step, LAST + 1)
+            run.model.zero_grad()
+            after_step = run.hooks_of(run.phases[0]).after_step
+            assert after_step is not None
+            after_step(step + 1)
         numbers = gradients(run.model, run.loss, LAST, LAST + 1)
         whole = {key: full(p.grad) for key, p in run.model.named_parameters() if p.requires_grad and p.grad is not None}
         found[name] = summed(numbers, run.parts.device), whole
