@@ -184,3 +184,33 @@ def test_the_plan_counts_a_teacher(home: Path, method: Any) -> None:
     assert "teacher" not in terms(config, shape, Layout(1, 1), needs_of(config))
     method(terms=distilled(home / "model"))
     assert terms(config, shape, Layout(1, 1), needs_of(config))["teacher"] == 4 * shape.parameters
+
+
+@pytest.mark.parametrize("killed", [None, 7])
+def test_layers_one_after_another(
+    home: Path, tmp_path: Path, attempt: Callable[..., str], killed_after: Callable[..., None], killed: int | None
+) -> None:
+    """The deepest first, as in a run of it alone; then the next, from where the first has come to."""
+
+    def lens_words(output: Path, *more: object) -> list[object]:
+        flags = settings(home, output=output, lens=home / "lens", retain=home / "retain.jsonl")
+        named = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)]
+        return [*named, "--retain-coef", 0.5, "--retain-loss", "kl", *more]
+
+    def log(name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+    order = ["--layers", 1, 3, "--layers-order", "back-to-front"]
+    if killed is not None:
+        killed_after(killed, *lens_words(tmp_path / "run", *order))
+    attempt(*lens_words(tmp_path / "run", *order))
+    attempt(*lens_words(tmp_path / "alone", "--layers", 3))
+    lines, alone = log("run"), log("alone")
+    assert [line["phase"] for line in lines] == ["layer 3"] * 5 + ["layer 1"] * 5 and len(alone) == 5
+    assert [line["loss"] for line in lines[:5]] == [line["loss"] for line in alone]
+    assert all(("entropy/3" in line) == (line["phase"] == "layer 3") != ("entropy/1" in line) for line in lines)
+    assert lines[5]["retain_loss"] > 1e-6, "the second begins where the first ended"
+    if killed is not None:
+        attempt(*lens_words(tmp_path / "whole", *order))
+        found, whole = (weights(tmp_path / name) for name in ("run", "whole"))
+        assert all(torch.equal(found[key], value) for key, value in whole.items())

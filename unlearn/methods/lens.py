@@ -9,7 +9,7 @@ Shapes: B rows, S positions, N real tokens among them, D hidden size, V vocabula
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,7 +21,7 @@ from unlearn.errors import UserError
 from unlearn.flags import by_mode, flag
 from unlearn.losses import next_token, uniform_per_token
 from unlearn.methods.retain import hold
-from unlearn.methods.terms import Cost, Needs, Numbers, OnStreams, Parts, Term, falling
+from unlearn.methods.terms import Cost, Needs, Numbers, OnStreams, Parts, Phase, Term, falling
 from unlearn.model import residual_streams
 from unlearn.seeding import random_bits
 
@@ -36,6 +36,9 @@ class Flags(LayerFlags, RetainFlags):
     layers: tuple[int, ...] = (5, 10, 15, 20, 25, 30)
     """Target layers l, in 0..L: the residual stream that enters block l; L is the final one, read without a lens.
     Published: 5 10 15 20 25 30."""
+    layers_order: Literal["together", "back-to-front"] = flag("together", only=FORGETS)
+    """together: one loss, the mean over the layers. back-to-front: one layer after another, the deepest first, each
+    with all of the run's steps and with fresh optimizers (sequential, https://github.com/EleutherAI/unlearn)."""
     lens: str | None = flag(published=lambda config: config.default_lens, only=FORGETS)
     """Tuned lens of the model: a local folder or a hub name. Default: <model>-lens, as in the published runs."""
     lens_tap: Literal["input", "output"] = "input"
@@ -85,6 +88,15 @@ class Flags(LayerFlags, RetainFlags):
         return f"{self.model.rstrip('/')}-lens"  # type: ignore[attr-defined]  # of the whole configuration
 
 
+def phases(flags: Flags, parts: Parts) -> list[Phase]:
+    """One phase of all layers, or one of each layer; they share the lens."""
+    if flags.layers_order == "together":
+        return [Phase("", terms(flags, parts))]
+    lens = parts.lens(flags.layers)
+    shared, order = replace(parts, lens=lambda layers: lens), sorted(flags.layers, reverse=True)
+    return [Phase(f"layer {layer}", terms(replace(flags, layers=(layer,)), shared)) for layer in order]
+
+
 def terms(flags: Flags, parts: Parts) -> list[Term]:
     """The forget term and the retain term, without one whose coefficient is 0."""
     shift = 1 if flags.lens_tap == "output" else 0  # how far above h[l] translator l reads
@@ -93,7 +105,8 @@ def terms(flags: Flags, parts: Parts) -> list[Term]:
     if flags.remove_coef:
         read_off = ReadOff(flags, parts, shift)
         lens = read_off.lens
-        size = sum(parameter.nbytes for parameter in lens.parameters())
+        share = min(1.0, len(tapped) / max(1, len(lens.layers)))  # of a lens that several phases read
+        size = share * sum(parameter.nbytes for parameter in lens.parameters())
         flops = len(tapped) * (4 * lens.unembedding.numel() + 4 * lens.unembedding.shape[1] ** 2)
         needs = Needs(deepest=max(tapped), bytes=size, flops=flops)
         found.append(Term("forget", parts.batches["forget"], read_off, falling(flags.remove_coef), needs))
