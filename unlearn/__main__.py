@@ -1,5 +1,6 @@
-"""python -m unlearn COMMAND: the tools around `train.py`."""
+"""`unlearn COMMAND`, or `python -m unlearn COMMAND`: every command of the project, under torchrun too."""
 
+import importlib
 import sys
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -13,6 +14,46 @@ from unlearn.fit_config import FitLensConfig
 from unlearn.plan_config import PlanConfig
 from unlearn.run.signals import EarlyStop
 from unlearn.sample_config import SampleConfig
+
+# Commands with a file of their own in the repository, by the module whose `main` they are.
+ELSEWHERE = {
+    "train": "evals.train",
+    "eval": "evals.run",
+    "attack": "evals.tamper",
+    "elicit": "evals.elicit",
+    "compare": "launch.compare",
+    "sweep": "launch.sweep",
+}
+
+
+@dataclass(frozen=True)
+class Train:
+    """Unlearn a model by a method, evaluate and export it: train.py."""
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Measure WMDP, MMLU or any other task of lm-eval: evals/run.py."""
+
+
+@dataclass(frozen=True)
+class Attack:
+    """Fine-tune an unlearned model and watch the knowledge return: evals/tamper.py."""
+
+
+@dataclass(frozen=True)
+class Elicit:
+    """Look for what a model still knows without training it: evals/elicit.py."""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare methods under attack: launch/compare.py."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Tune one method until a target is met: launch/sweep.py."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +87,13 @@ def _commands() -> Any:
     """The commands with their flags; those of `plan` are of the method that the command line names."""
     planned = config_of(named_method(sys.argv[1:]), PlanConfig)
     return (
-        Annotated[FitLensConfig, tyro.conf.subcommand("fit-lens")]
+        Annotated[Train, tyro.conf.subcommand("train")]
+        | Annotated[Eval, tyro.conf.subcommand("eval")]
+        | Annotated[Attack, tyro.conf.subcommand("attack")]
+        | Annotated[Elicit, tyro.conf.subcommand("elicit")]
+        | Annotated[Compare, tyro.conf.subcommand("compare")]
+        | Annotated[Sweep, tyro.conf.subcommand("sweep")]
+        | Annotated[FitLensConfig, tyro.conf.subcommand("fit-lens")]
         | Annotated[planned, tyro.conf.subcommand("plan")]
         | Annotated[RealConfig, tyro.conf.subcommand("real")]
         | Annotated[ReportConfig, tyro.conf.subcommand("report")]
@@ -56,6 +103,11 @@ def _commands() -> Any:
 
 
 def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ELSEWHERE:
+        sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]  # the program, as its messages and `typed_command` know it
+        importlib.import_module(ELSEWHERE[name]).main()
+        return
     command: FitLensConfig | PlanConfig | RealConfig | ReportConfig | SampleConfig | WorldConfig = parse_flags(
         _commands()
     )
@@ -89,6 +141,11 @@ def main() -> None:
             overwrite=command.overwrite,
             train=command.train,
         )
+
+
+def entry() -> None:
+    """The installed command `unlearn`."""
+    run_command("unlearn", main)
 
 
 if __name__ == "__main__":

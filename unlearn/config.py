@@ -23,6 +23,7 @@ from unlearn.filter_config import FilterFlags
 from unlearn.flags import Only, by_mode, flag, settle
 from unlearn.latent_config import LatentFlags
 from unlearn.methods import METHODS, flags_of
+from unlearn.run.command_line import program_name
 
 FORGET = "Unlearning/WMDP-Bio-Remove-Dataset"
 RETAIN = "EleutherAI/wikitext_document_level:wikitext-103-raw-v1"
@@ -382,7 +383,7 @@ Flags = TypeVar("Flags")
 
 def parse_flags(flags: type[Flags], arguments: Sequence[str] | None = None) -> Flags:
     """Read a flags dataclass from the command line; a mistake is shown by rank 0 only and exits with code 2."""
-    return tyro.cli(flags, args=arguments, console_outputs=os.environ.get("RANK", "0") == "0")
+    return tyro.cli(flags, prog=program_name(), args=arguments, console_outputs=os.environ.get("RANK", "0") == "0")
 
 
 def parse_method_flags(base: type[TrainConfig], arguments: Sequence[str] | None = None) -> TrainConfig:

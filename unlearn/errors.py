@@ -48,7 +48,7 @@ def run_command(name: str, command: Callable[[], None]) -> None:
         command: the work, without arguments.
 
     Raises:
-        SystemExit: 2 after a `UserError`, 130 after Ctrl-C.
+        SystemExit: 2 after a `UserError`, 130 after Ctrl-C, 141 where nobody reads the output any more (`| head`).
     """
     rank_exit = _RankExit()
     try:
@@ -58,6 +58,10 @@ def run_command(name: str, command: Callable[[], None]) -> None:
         _say_once(f"{name}: error: {error}")
         rank_exit.code = 2
         raise SystemExit(2) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more on its way out
+        rank_exit.code = 141
+        raise SystemExit(141) from None
     except SystemExit as error:
         rank_exit.code = error.code if isinstance(error.code, int) else int(error.code is not None)
         raise
