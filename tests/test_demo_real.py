@@ -12,6 +12,7 @@ from evals.eval_config import EvalConfig
 from launch.demo_real import METHODS, PROSE, TASKS, DemoRealConfig, claim, table, unlearn
 from unlearn.config import config_of, named_method, parse_flags
 from unlearn.errors import UserError
+from unlearn.fit_config import FitLensConfig
 
 TASKS_FOLDER = Path(__file__).parent.parent / "evals/tasks/real"
 
@@ -19,6 +20,9 @@ TASKS_FOLDER = Path(__file__).parent.parent / "evals/tasks/real"
 def test_wrong_methods_are_refused() -> None:
     for methods in (("rmu", "magic"), ("rmu", "rmu"), ()):
         with pytest.raises(UserError, match="expected --methods"):
+            DemoRealConfig(methods=methods)
+    for methods in (("distill",), ("distill", "rmu")):
+        with pytest.raises(UserError, match="expected rmu before distill"):
             DemoRealConfig(methods=methods)
 
 
@@ -43,8 +47,9 @@ def test_programs_take_the_commands(method: str, monkeypatch: pytest.MonkeyPatch
     commands: list[list[str]] = []
     monkeypatch.setattr(launch.demo_real, "run", lambda _, command: commands.append(shlex.split(command)))
     unlearn(DemoRealConfig(output=str(tmp_path)), tmp_path, method)
-    train, evaluate, attack = commands
-    assert [words[0] for words in commands] == ["train.py", "evals/run.py", "evals/tamper.py"]
+    *fit, train, evaluate, attack = commands
+    assert [words[0] for words in (train, evaluate, attack)] == ["train.py", "evals/run.py", "evals/tamper.py"]
+    assert len(fit) == (method == "lens") and all(parse_flags(FitLensConfig, words[3:]).layers for words in fit)
     assert parse_flags(config_of(named_method(train[1:])), train[1:]).steps == 30
     assert parse_flags(EvalConfig, evaluate[1:]).subsample == 100
     assert read_attacks(attack[1:]).split_by == "stated"
