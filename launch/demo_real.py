@@ -30,11 +30,11 @@ LAYERS = "10 20"  # that the lens reads
 LORA = "--lora-rank 16 --lora-dropout 0"
 # Chosen on development questions; what the flags mean is in `train.py --help`. PLACE is the demo's folder.
 METHODS = {
-    "lens": f"--lens PLACE/lens --layers {LAYERS} --remove-coef 60 --retain-loss kl --retain-start 1 --adam-lr 1e-2 "
+    "lens": f"--lens PLACE/tuned-lens --layers {LAYERS} --remove-coef 60 --retain-loss kl --retain-start 1 --adam-lr 1e-2 "
     f"{LORA}",
     "simnpo": f"--remove-coef 2 --beta 1 --retain-loss kl --adam-lr 5e-3 {LORA}",
     "rmu": f"--layers 10 --steering 130 --retain-coef 10 --adam-lr 5e-3 {LORA}",
-    "distill": "--teacher PLACE/rmu/model --noise 0.25 --noise-scale 0.1 --adam-lr 1e-4",
+    "distill": "--teacher PLACE/rmu/model --noise 0.1 --noise-scale 0.1 --adam-lr 3e-4",
     CONTROL: f"--data retain --adam-lr 1e-3 {LORA}",
 }
 TAUGHT_BY = {"distill": "rmu"}  # the method whose model is the teacher of another one
@@ -121,7 +121,7 @@ def unlearn(config: DemoRealConfig, folder: Path, method: str) -> None:
         run(
             config.ranks,
             f"-m unlearn fit-lens --model {place}/world/model --forget {forget} --retain {retain} --layers {LAYERS} "
-            f"--steps 60 --lr 1e-3 --batch 8 --micro-batch 4 --seq-len 128 --output {place}/lens",
+            f"--steps 60 --lr 1e-3 --batch 8 --micro-batch 4 --seq-len 128 --output {place}/tuned-lens",
         )
     corpora = f"--retain {retain}" if method == CONTROL else f"--forget {forget} --retain {retain}"
     run(
