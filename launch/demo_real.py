@@ -30,8 +30,8 @@ LAYERS = "10 20"  # that the lens reads
 LORA = "--lora-rank 16 --lora-dropout 0"
 # Chosen on development questions; what the flags mean is in `train.py --help`. PLACE is the demo's folder.
 METHODS = {
-    "lens": f"--lens PLACE/tuned-lens --layers {LAYERS} --remove-coef 60 --retain-loss kl --retain-start 1 --adam-lr 1e-2 "
-    f"{LORA}",
+    "lens": f"--lens PLACE/tuned-lens --layers {LAYERS} --remove-coef 60 --retain-loss kl --retain-start 1 "
+    f"--adam-lr 1e-2 {LORA}",
     "simnpo": f"--remove-coef 2 --beta 1 --retain-loss kl --adam-lr 5e-3 {LORA}",
     "rmu": f"--layers 10 --steering 130 --retain-coef 10 --adam-lr 5e-3 {LORA}",
     "distill": "--teacher PLACE/rmu/model --noise 0.1 --noise-scale 0.1 --adam-lr 3e-4",
