@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from unlearn.lens import TunedLens
 
 OWN = frozenset(("elicit.json", "table.md"))
-AS_IT_IS = "as it is"
+AS_IT_IS, OTHERS = "as it is", "other questions"
+FACT = "fact"  # column of the questions that says what each is about
 
 
 def elicit(config: ElicitConfig) -> None:
@@ -38,10 +39,12 @@ def elicit(config: ElicitConfig) -> None:
     from unlearn.run.folder import check_output
 
     with process_group(config.device) as device:
-        inputs = (config.model, config.original, config.lens)
+        inputs = (config.model, config.original, config.lens, config.data_dir, config.paraphrases)
         folder = check_output(config.output, config.overwrite, OWN, inputs)
         tokenizer, model_config = load_tokenizer(config.model, revision=config.revision), load_config(config.model)
         evaluations = dict(_evaluations(config, tokenizer, model_config))
+        if OTHERS in evaluations:
+            _check_paired(evaluations[AS_IT_IS], evaluations[OTHERS])
         model = load_model(config.model, revision=config.revision, dtype=DTYPES[config.dtype], device=device)
         original = _original(config, model, device)
         found = looks(evaluations, model, original, _lens(config, model))
@@ -73,7 +76,7 @@ def _evaluations(config: ElicitConfig, tokenizer: Any, model_config: Any) -> "It
     for name, wording in WORDINGS.items() if config.wordings else ():
         yield name, Evaluation(tokenizer, wording=wording, **asked)
     if config.paraphrases is not None:
-        yield "other questions", Evaluation(tokenizer, **asked | {"data_dir": config.paraphrases})
+        yield OTHERS, Evaluation(tokenizer, **asked | {"data_dir": config.paraphrases})
     if config.num_fewshot:
         shots = config.num_fewshot
         yield f"{shots} examples", Evaluation(tokenizer, shots=shots, **asked)
@@ -107,11 +110,7 @@ def looks(
     original: "PreTrainedModel | None",
     lens: "TunedLens | None" = None,
 ) -> dict[str, Look]:
-    """What each way shows. Every rank must call it.
-
-    Raises:
-        UserError: a way asks other questions, of which there are more or fewer.
-    """
+    """What each way shows. Every rank must call it."""
     from evals.attack.early import read_early
     from evals.attack.ways import taken, ways
 
@@ -126,7 +125,6 @@ def looks(
 
     for name, evaluation in evaluations.items():
         look(name, evaluation, nullcontext())
-        _check_paired(found, name)
     for way in ways(original is not None):
         look(way.name, plain, taken(way, model, original))
     for layer in [] if lens is None else lens.layers:
@@ -134,15 +132,22 @@ def looks(
     return found
 
 
-def _check_paired(found: dict[str, Look], name: str) -> None:
-    """Raise unless a way asks as many questions of each task as are asked as it is."""
-    for task, before in found[AS_IT_IS].result["answers"].items():
-        asked, now = (len(answers.right) for answers in (before, found[name].result["answers"][task]))
-        if asked != now:
+def _check_paired(plain: "Evaluation", others: "Evaluation") -> None:
+    """Raise unless both ask the same questions row by row: of as many, and about the same facts where a column says
+    which."""
+    for name, task in plain.tasks.items():
+        if others.tasks[name].available != task.available:
             raise UserError(
-                f"expected {asked} questions of {task} in --paraphrases, as in --data-dir, one for one; found {now}: "
-                "give the same questions in other words"
+                f"expected {task.available} questions of {name} in --paraphrases, as in --data-dir, one for one; found "
+                f"{others.tasks[name].available}: give the same questions in other words"
             )
+        for row, pair in enumerate(zip(task.eval_docs, others.tasks[name].eval_docs, strict=True), 1):
+            one, other = (document.get(FACT) for document in pair)
+            if one != other:
+                raise UserError(
+                    f"expected questions of {name} in --paraphrases in the order of --data-dir; found as number {row} "
+                    f"one on {FACT} {other!r} beside {one!r}: sort them alike"
+                )
 
 
 def judged(found: dict[str, Look]) -> dict[str, dict[str, Any]]:

@@ -40,7 +40,8 @@ class ElicitConfig(DeviceFlags):
     wordings: bool = True
     """Also ask the same questions in three other prompts: told that an expert answers, asked twice, in a dialogue."""
     paraphrases: str | None = None
-    """Folder like --data-dir with the same questions in other words and in the same order, a way of its own."""
+    """Folder like --data-dir with the same questions in other words and in the same order, a way of its own. Where
+    the questions have a column `fact`, it has to agree row by row."""
     lens: str | None = None
     """Tuned lens that was fitted to --model itself (`python -m unlearn fit-lens`), to answer from each layer by."""
     layers: tuple[int, ...] = ()

@@ -316,7 +316,9 @@ def read_comparison(arguments: Sequence[str] | None = None) -> Comparison:
     for flags in (config.development, *found.attackers.values()):
         read_attacks([*found.attack_words("x/y", flags, steps=1, every=1, seed=0, test=True)[1:], "--output", "attack"])
     if config.ways:
-        parse_flags(ElicitConfig, found.way_words("x/y", Path("ways"), None)[1:])
+        paraphrases = parse_flags(ElicitConfig, found.way_words("x/y", Path("ways"), None)[1:]).paraphrases
+        if paraphrases is not None and not Path(paraphrases).expanduser().is_dir():
+            raise UserError(f"expected a folder of questions for --paraphrases; found none at {paraphrases}")
     if config.lens_flags is not None:
         parse_flags(FitLensConfig, found.lens_words("x/y", Path("lens"))[3:])
     if config.slurm is not None:

@@ -85,6 +85,8 @@ def test_settings_are_drawn_without_replacement_and_more_trials_begin_alike(tmp_
             "simnpo",
             "--attacker-set has no effect beside --attackers",
         ),
+        ("--way-flags=--paraphrases\n/nowhere --data-dir x", "simnpo", "for --paraphrases; found none at /nowhere"),
+        ("--no-ways --lens-flags=--steps\n9", "simnpo", "have no effect with --no-ways"),
         ("--damage-kl 0", "simnpo", "expected --damage-kl above 0"),
         ("--seeds 0", "simnpo", "expected --seeds of 1 or more"),
         ("--env isambard", "simnpo", "--env has no effect without --submit"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import DEPTH, random_lens, tiny_model
 from evals_support import question, write_wmdp
+from pyarrow.parquet import read_table
 from transformers import PreTrainedModel
 
 from evals.attack.early import read_early
@@ -129,12 +130,18 @@ def test_a_look_at_the_embedded_model(world: Path, tmp_path: Path) -> None:
         (("--layers", 7), "expected --layers in 0..4"),
         (("--original", "/nowhere"), "found nothing at /nowhere"),
         (("--lens", "/nowhere"), "found nothing at /nowhere"),
-        (("--paraphrases", "FEWER"), "expected 4 questions of wmdp_bio in --paraphrases, .* found 2"),
+        (("--paraphrases", "FEWER"), "expected 228 questions of wmdp_bio in --paraphrases, .* found 2"),
+        (
+            ("--paraphrases", "SHUFFLED"),
+            "--data-dir; found as number 1 one on fact 'hazard/.*' beside",
+        ),
     ],
 )
 def test_mistakes(world: Path, tmp_path: Path, more: tuple[object, ...], said: str) -> None:
-    write_wmdp(tmp_path / "fewer", [question(number, 0, None) for number in range(2)])
-    more = tuple(tmp_path / "fewer" if word == "FEWER" else word for word in more)
+    write_wmdp(tmp_path / "FEWER", [question(number, 0, None) for number in range(2)])
+    (file,) = (world / "development/cais/wmdp/wmdp-bio").glob("test-*.parquet")
+    write_wmdp(tmp_path / "SHUFFLED", list(reversed(read_table(file).to_pylist())))
+    more = tuple(tmp_path / word if word in ("FEWER", "SHUFFLED") else word for word in more)
     with pytest.raises(UserError, match=said):
         run(world, tmp_path / "looks", "--limit", 4, *more)
 
