@@ -1,9 +1,10 @@
 """`unlearn COMMAND`, or `python -m unlearn COMMAND`: every command of the project, under torchrun too."""
 
 import importlib
+import inspect
 import sys
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, make_dataclass
+from typing import Annotated, Any, Literal, Union
 
 import tyro
 
@@ -15,45 +16,15 @@ from unlearn.plan_config import PlanConfig
 from unlearn.run.signals import EarlyStop
 from unlearn.sample_config import SampleConfig
 
-# Commands with a file of their own in the repository, by the module whose `main` they are.
+# Commands with a file of their own in the repository: the module whose `main` they are, and what --help says of them.
 ELSEWHERE = {
-    "train": "evals.train",
-    "eval": "evals.run",
-    "attack": "evals.tamper",
-    "elicit": "evals.elicit",
-    "compare": "launch.compare",
-    "sweep": "launch.sweep",
+    "train": ("evals.train", "Unlearn a model by a method, evaluate and export it: train.py."),
+    "eval": ("evals.run", "Measure WMDP, MMLU or any other task of lm-eval: evals/run.py."),
+    "attack": ("evals.tamper", "Fine-tune an unlearned model and watch the knowledge return: evals/tamper.py."),
+    "elicit": ("evals.elicit", "Look for what a model still knows without training it: evals/elicit.py."),
+    "compare": ("launch.compare", "Compare methods under attack: launch/compare.py."),
+    "sweep": ("launch.sweep", "Tune one method until a target is met: launch/sweep.py."),
 }
-
-
-@dataclass(frozen=True)
-class Train:
-    """Unlearn a model by a method, evaluate and export it: train.py."""
-
-
-@dataclass(frozen=True)
-class Eval:
-    """Measure WMDP, MMLU or any other task of lm-eval: evals/run.py."""
-
-
-@dataclass(frozen=True)
-class Attack:
-    """Fine-tune an unlearned model and watch the knowledge return: evals/tamper.py."""
-
-
-@dataclass(frozen=True)
-class Elicit:
-    """Look for what a model still knows without training it: evals/elicit.py."""
-
-
-@dataclass(frozen=True)
-class Compare:
-    """Compare methods under attack: launch/compare.py."""
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Tune one method until a target is met: launch/sweep.py."""
 
 
 @dataclass(frozen=True)
@@ -84,29 +55,28 @@ class RealConfig:
 
 
 def _commands() -> Any:
-    """The commands with their flags; those of `plan` are of the method that the command line names."""
-    planned = config_of(named_method(sys.argv[1:]), PlanConfig)
-    return (
-        Annotated[Train, tyro.conf.subcommand("train")]
-        | Annotated[Eval, tyro.conf.subcommand("eval")]
-        | Annotated[Attack, tyro.conf.subcommand("attack")]
-        | Annotated[Elicit, tyro.conf.subcommand("elicit")]
-        | Annotated[Compare, tyro.conf.subcommand("compare")]
-        | Annotated[Sweep, tyro.conf.subcommand("sweep")]
-        | Annotated[FitLensConfig, tyro.conf.subcommand("fit-lens")]
-        | Annotated[planned, tyro.conf.subcommand("plan")]
-        | Annotated[RealConfig, tyro.conf.subcommand("real")]
-        | Annotated[ReportConfig, tyro.conf.subcommand("report")]
-        | Annotated[SampleConfig, tyro.conf.subcommand("sample")]
-        | Annotated[WorldConfig, tyro.conf.subcommand("world")]
-    )
+    """The commands with their flags; those of `plan` are of the method that the command line names.
+
+    Those of `ELSEWHERE` are listed alone: `main` calls them before any flag is read.
+    """
+    here: dict[str, tuple[Any, str | None]] = {
+        "fit-lens": (FitLensConfig, None),
+        "plan": (config_of(named_method(sys.argv[1:]), PlanConfig), inspect.getdoc(PlanConfig)),
+        "real": (RealConfig, None),
+        "report": (ReportConfig, None),
+        "sample": (SampleConfig, None),
+        "world": (WorldConfig, None),
+    }
+    every = {name: (make_dataclass(name, []), words) for name, (_, words) in ELSEWHERE.items()} | here
+    named = (Annotated[flags, tyro.conf.subcommand(name, description=words)] for name, (flags, words) in every.items())
+    return Union[*named]
 
 
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ELSEWHERE:
         sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]  # the program, as its messages and `typed_command` know it
-        importlib.import_module(ELSEWHERE[name]).main()
+        importlib.import_module(ELSEWHERE[name][0]).main()
         return
     command: FitLensConfig | PlanConfig | RealConfig | ReportConfig | SampleConfig | WorldConfig = parse_flags(
         _commands()
