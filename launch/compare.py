@@ -80,9 +80,7 @@ def write_results(comparison: Comparison) -> dict[str, Any]:
     found["trials"] = {row.name: row.chosen["trials"] for row in methods if row.chosen}
     found["settings"] = {row.name: row.chosen["values"] for row in methods if row.chosen}
     found["commands"] = {row.name: commands(row) for row in rows}
-    found["digests"] = {
-        row.name: [{n: f["identity"] for n, f in seed.files.items()} for seed in row.seeds] for row in rows
-    }
+    found["digests"] = {row.name: [digests(seed) for seed in row.seeds] for row in rows}
     found["comparison"] = comparison.identity() | {"seeds": config.seeds, "trials": config.trials}
     write_json(comparison.folder / "compare.json", found)
     write_text(comparison.folder / "table.md", table(found, rules))

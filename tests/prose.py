@@ -5,7 +5,7 @@ from pathlib import Path
 
 _CODE = re.compile(r"^ {0,3}```.*?^ {0,3}```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
-_END = re.compile(r"(?<=[.!?:;])[)\"*_]*\s+(?=[\"(*_`A-Z0-9])")
+_END = re.compile(r"(?<=[.!?])[)\"*_]*\s+(?=[\"(*_`A-Z0-9])")
 
 
 def sentences(page: Path) -> list[str]:

@@ -29,7 +29,7 @@ from unlearn.config import TrainConfig
 from unlearn.distributed import sum_gradients
 from unlearn.lora import linears, shape_of
 from unlearn.losses import next_token
-from unlearn.methods.terms import Cost, Hooks, Numbers, Original, Phase, Term, add
+from unlearn.methods.terms import Cost, Hooks, Numbers, Original, Term, add
 from unlearn.model import final_hidden, softcap, through_head
 from unlearn.seeding import generator
 
@@ -194,11 +194,3 @@ def adversary(config: TrainConfig, model: PreTrainedModel, device: torch.device)
         return None
     assert config.adversary_rank is not None and config.adversary_lr is not None
     return Adversary(model, device, config.adversary_rank, config.adversary_lr, config.adversary_restart, config.seed)
-
-
-def beside_adversary(phases: list[Phase], opponent: Adversary) -> list[Phase]:
-    """The phases, with every forget loss taken beside the adversary."""
-    return [
-        replace(phase, terms=[opponent.on(term) if term.name == "forget" else term for term in phase.terms])
-        for phase in phases
-    ]

@@ -39,6 +39,11 @@ class Budget:
     precision: Precision
     frozen: Sequence[nn.Module]
 
+    @property
+    def can_end(self) -> bool:
+        """Whether any damage is too much."""
+        return any(most < math.inf for most in self.most.values())
+
     def measure(self) -> dict[str, float]:
         """The damage by name, as `held_out_<name>`. Every rank must call it, between optimizer steps."""
         model = self.parts.model
@@ -69,13 +74,13 @@ class Budget:
 
     def check(self) -> None:
         """Raise if a budget is used up before the first step."""
-        why = self.exceeded(self.measure())
+        why = self.exceeded(self.measure()) if self.can_end else None
         if why is not None:
             raise UserError(f"expected damage below its budget before the first step; found {why}: raise it")
 
     def hooks(self) -> Hooks:
         """That end a phase; none where no budget can."""
-        if all(most == math.inf for most in self.most.values()):
+        if not self.can_end:
             return Hooks()
 
         def stop(done: int, numbers: dict[str, float]) -> str | None:

@@ -11,11 +11,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from unlearn.adversary import adversary, beside_adversary
+from unlearn.adversary import Adversary, adversary
 from unlearn.batches import Batches
 from unlearn.config import TrainConfig
 from unlearn.distributed import fail_together
-from unlearn.latent_attack import attacked, latent_attack
+from unlearn.latent_attack import LatentAttack, latent_attack
 from unlearn.lens import TunedLens
 from unlearn.lora import add_lora, lora_disabled
 from unlearn.memory import reads_original
@@ -155,14 +155,21 @@ def method_parts(
 def method_phases(config: TrainConfig, parts: Parts) -> list[Phase]:
     """What --method makes of these parts: its phases, or the one of its terms; both under any --latent-attack, and
     beside any --adversary."""
-    module, attack = method_module(config.method), latent_attack(config, parts.model)
-    opponent = adversary(config, parts.model, parts.device)
-    for absent in (attack, opponent):
-        if absent is not None:
-            parts = replace(parts, original=absent.suspended(parts.original))
+    module = method_module(config.method)
+    found = (latent_attack(config, parts.model), adversary(config, parts.model, parts.device))
+    opponents = [opponent for opponent in found if opponent is not None]
+    for opponent in opponents:
+        parts = replace(parts, original=opponent.suspended(parts.original))
     phases = module.phases(config, parts) if hasattr(module, "phases") else [Phase("", module.terms(config, parts))]
-    phases = phases if attack is None else attacked(phases, attack)
-    return phases if opponent is None else beside_adversary(phases, opponent)
+    return [replace(phase, terms=[_opposed(term, opponents) for term in phase.terms]) for phase in phases]
+
+
+def _opposed(term: Term, opponents: Sequence[LatentAttack | Adversary]) -> Term:
+    """The term, if it is a forget loss, with that taken against the opponents, the last of them outermost."""
+    if term.name == "forget":
+        for opponent in opponents:
+            term = opponent.on(term)
+    return term
 
 
 def method_terms(config: TrainConfig, parts: Parts) -> list[Term]:

@@ -173,9 +173,8 @@ def _fit(config: FitLensConfig, corpora: list[Corpus], identity: Mapping[str, st
     lens = TunedLens.identity(model, layers).for_training()
     optimizer = torch.optim.AdamW(lens.translators.parameters(), lr=config.lr, betas=BETAS, eps=EPS, weight_decay=0.0)
     run.begin(identity, {"adamw": optimizer}, 0)
-    plain = measure(
-        model, TunedLens.identity(model, layers), held_out
-    )  # in the dtype in which the tuned one is measured
+    logit_lens = TunedLens.identity(model, layers)  # in the dtype in which the tuned one is measured
+    plain = measure(model, logit_lens, held_out)
     _train(config, model, lens, training, {"adamw": optimizer}, run)
     lens.to(DTYPES[config.dtype])
     _close(config, output, lens, plain, measure(model, lens, held_out))

@@ -22,7 +22,7 @@ from unlearn.batches import Rows
 from unlearn.config import TrainConfig
 from unlearn.errors import UserError
 from unlearn.losses import next_token
-from unlearn.methods.terms import Cost, Numbers, Original, Phase, Term, add
+from unlearn.methods.terms import Cost, Numbers, Original, Term, add
 from unlearn.model import blocks, final_hidden, softcap, through_head
 
 BETAS, EPS = (0.9, 0.999), 1e-8
@@ -189,11 +189,3 @@ def latent_attack(config: TrainConfig, model: PreTrainedModel) -> LatentAttack |
     layers = config.latent_layers or tuple(getattr(config, "layers", ())) or (0,)
     below = tuple(layer for layer in sorted(set(layers)) if layer < model.config.num_hidden_layers) or (0,)
     return LatentAttack(model, below, config.latent_attack, config.latent_lr, config.latent_radius)
-
-
-def attacked(phases: list[Phase], attack: LatentAttack) -> list[Phase]:
-    """The phases, with every forget loss under attack."""
-    return [
-        replace(phase, terms=[attack.on(term) if term.name == "forget" else term for term in phase.terms])
-        for phase in phases
-    ]

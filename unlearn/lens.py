@@ -85,11 +85,9 @@ class TunedLens(nn.Module):
     @classmethod
     def identity(cls, model: PreTrainedModel, layers: Iterable[int] | None = None) -> "TunedLens":
         """The logit lens at `layers` (all by default): every translator zero, so that z[l] = U norm_f(h[l])."""
-        width, wanted = (
-            int(model.config.hidden_size),
-            range(model.config.num_hidden_layers) if layers is None else layers,
-        )
-        return cls(model, {layer: (torch.zeros(width, width), torch.zeros(width)) for layer in wanted})
+        width = int(model.config.hidden_size)
+        layers = range(int(model.config.num_hidden_layers)) if layers is None else layers
+        return cls(model, {layer: (torch.zeros(width, width), torch.zeros(width)) for layer in layers})
 
     @property
     def layers(self) -> list[int]:
