@@ -13,6 +13,7 @@ from evals.judge.stats import (
     effective_size,
     independent_accuracy,
     mcnemar,
+    mean_interval,
     permutation_test,
     permuted_matches,
     permuted_scores,
@@ -69,6 +70,8 @@ def test_effective_size() -> None:
     assert effective_size(same.mean(axis=1).tolist()) == pytest.approx(2000, rel=0.01)
     assert effective_size(independent.mean(axis=1).tolist()) == pytest.approx(8000, rel=0.06)
     assert effective_size([1.0] * 30) == 30
+    assert effective_size([2 / 3, 2 / 3 + 1e-16, 1 - 1 / 3]) == 3, "rounding is no variance between questions"
+    assert mean_interval([2 / 3] * 30) == pytest.approx(wilson_interval(20, 30))
 
 
 def test_bootstrap_of_one_stratum_is_scipys() -> None:

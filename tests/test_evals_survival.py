@@ -99,6 +99,16 @@ def test_the_variance_over_seeds_and_questions_is_the_exact_one() -> None:
     assert means.var() == pytest.approx(exact, rel=0.03)
 
 
+@pytest.mark.parametrize("questions", [2, 7, 9, 30, 57])
+def test_attackers_that_are_all_right_leave_no_rounding(questions: int) -> None:
+    """Shares of a mean over splits add up to 1 but for rounding; above 1 there is no interval."""
+    for count in range(1, 12):
+        for earned in (0.0, 1.0):
+            found = read_elsewhere(np.full((count, 2, questions), earned))
+            assert (found == earned).all() and found.shape == (2, questions)
+            assert accuracy_interval(found) == wilson_interval(earned * questions, questions)
+
+
 def test_an_interval_knows_of_seeds_that_differ_and_is_never_empty() -> None:
     assert accuracy_interval([[1, 1, 1, 0]]) == wilson_interval(3, 4)
     assert accuracy_interval(np.ones((3, 50))) == wilson_interval(50, 50)

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from evals.judge.stats import DRAWS, SEED, Interval, mean_interval
 
 SPLITS = 200  # of the questions into halves
+DECIMALS = 12  # beyond which a mean over splits is rounding: 1 from every attacker has to be 1, and not more
 CHUNK = 1_000  # draws at once: 1,000 x 2,000 questions of 8 bytes are 16 MB
 
 Table = NDArray[np.float64]
@@ -119,7 +120,7 @@ def read_elsewhere(earned: ArrayLike, *, splits: int = SPLITS, seed: int = SEED)
         scores = chosen_by @ by_question.T / chosen_by.sum(axis=1, keepdims=True)  # [splits, attackers]
         best = scores >= scores.max(axis=1, keepdims=True) - 1e-9
         weights += (best / best.sum(axis=1, keepdims=True)).T @ ~chosen_by
-    return np.einsum("aq,asq->sq", weights, table) / splits
+    return np.round(np.einsum("aq,asq->sq", weights, table) / splits, DECIMALS)
 
 
 def read_on_the_other_half(earned: ArrayLike, *, seed: int = SEED) -> Table:

@@ -17,6 +17,7 @@ Z_90 = 1.6448536269514722  # the 95 % quantile
 DRAWS = 10_000  # of a bootstrap
 SHUFFLES = 2_000  # of a permutation test, which every evaluation during training repeats: p = 0.05 is known to 0.005
 SEED = 0
+ROUNDING = 1e-9  # shares closer than that differ by the order in which they were added up
 SMALL = 10  # values of a stratum, below which it is not resampled by itself
 
 Interval = tuple[float, float]
@@ -55,7 +56,8 @@ def effective_size(means: Sequence[float]) -> float:
     size at which a proportion's variance p (1 - p) / n is the variance between questions (Kish's design effect).
     """
     share, error = float(np.mean(means)), standard_error(means)
-    return share * (1 - share) / error**2 if error > 0 else float(len(means))
+    alike = max(means) - min(means) < ROUNDING
+    return float(len(means)) if alike else share * (1 - share) / error**2
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
