@@ -26,10 +26,15 @@ WIDE = (
     "few=--examples 16 --adam-lr 1e-3",
     "benign=--data retain --adam-lr 1e-3",
     "mix=--data mix --adam-lr 1e-3",
-    "repair=--repair-steps 40 --adam-lr 1e-3",
+    "repair=--repair-steps REPAIR --adam-lr 1e-3",  # a quarter of the attack's steps
 )
 SETS = {"usual": USUAL, "wide": WIDE}
 TEXT = ("retain", "retain-column", "retain-template")  # flags of harmless text
+
+
+def attacker_set(name: str, steps: int) -> list[str]:
+    """The attackers of a set, NAME=FLAGS, for attacks of so many steps."""
+    return [text.replace("REPAIR", str(max(1, steps // 4))) for text in SETS[name]]
 
 
 def named(flag: str, texts: Sequence[str]) -> dict[str, str]:

@@ -16,7 +16,7 @@ import tyro
 
 from evals.attack.config import read_attacks
 from evals.elicit_config import ElicitConfig
-from launch.compare_attackers import SETS, named, schedule_words, text_words
+from launch.compare_attackers import attacker_set, named, schedule_words, text_words
 from launch.jobs import Slurm
 from launch.search import Values
 from unlearn.config import METHODS, TrainConfig, check_once, parse_flags, parse_method_flags, split_names
@@ -169,7 +169,8 @@ class Comparison:
     @cached_property
     def attackers(self) -> dict[str, str]:
         """Held-out attackers: their flags, by name."""
-        return named("--attackers", self.config.attackers or SETS[self.config.attacker_set])
+        config = self.config
+        return named("--attackers", config.attackers or attacker_set(config.attacker_set, config.attack_steps))
 
     @cached_property
     def controls(self) -> dict[str, str]:
@@ -313,8 +314,13 @@ def read_comparison(arguments: Sequence[str] | None = None) -> Comparison:
     for method in config.methods:
         for values in found.points(method):
             found.settings(method, values, config.seed)
-    for flags in (config.development, *found.attackers.values()):
-        read_attacks([*found.attack_words("x/y", flags, steps=1, every=1, seed=0, test=True)[1:], "--output", "attack"])
+    attacks = [
+        (config.development, config.development_steps),
+        *((a, config.attack_steps) for a in found.attackers.values()),
+    ]
+    for flags, steps in attacks:
+        words = found.attack_words("x/y", flags, steps=steps, every=1, seed=0, test=True)
+        read_attacks([*words[1:], "--output", "attack"])
     if config.ways:
         paraphrases = parse_flags(ElicitConfig, found.way_words("x/y", Path("ways"), None)[1:]).paraphrases
         if paraphrases is not None and not Path(paraphrases).expanduser().is_dir():

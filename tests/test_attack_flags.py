@@ -75,6 +75,7 @@ def test_an_attack_may_be_of_any_kind() -> None:
         ({"retain": "b", "grid": ("adam-lr=1e-5,1e-4",)}, "--retain has no effect at any point of --grid"),
         ({"data": "retain", "retain": "b"}, "--forget has no effect with --data retain"),
         ({"data": "mix"}, "expected --retain, harmless text that this attack trains on"),
+        ({"repair_steps": 4, "steps": 3, "retain": "b"}, "--repair-steps of at most --steps"),
         ({"repair_steps": 4}, "expected --retain, harmless text that this attack trains on"),
         (
             {"repair_steps": 4, "data": "retain", "retain": "b", "forget": ""},

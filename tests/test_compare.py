@@ -87,6 +87,7 @@ def test_settings_are_drawn_without_replacement_and_more_trials_begin_alike(tmp_
         ),
         ("--way-flags=--paraphrases\n/nowhere --data-dir x", "simnpo", "for --paraphrases; found none at /nowhere"),
         ("--no-ways --lens-flags=--steps\n9", "simnpo", "have no effect with --no-ways"),
+        ("--attack-steps 4 --attackers=x=--repair-steps\n5", "simnpo", "--repair-steps of at most --steps"),
         ("--damage-kl 0", "simnpo", "expected --damage-kl above 0"),
         ("--seeds 0", "simnpo", "expected --seeds of 1 or more"),
         ("--env isambard", "simnpo", "--env has no effect without --submit"),
@@ -133,7 +134,7 @@ def test_attackers_read_the_text_that_they_train_on(tmp_path: Path) -> None:
     assert len(found.attackers) == 15
     kinds = {}
     for name, flags in found.attackers.items():
-        words = found.attack_words("m", flags, steps=9, every=3, seed=1, test=True)
+        words = found.attack_words("m", flags, steps=160, every=40, seed=1, test=True)
         assert words.count("--schedule") == 1, name
         kinds[name] = read_attacks([*words[1:], "--output", "x"])
         reads = {text for text in ("forget", "retain") if text not in kinds[name].unread}
@@ -148,6 +149,8 @@ def test_attackers_read_the_text_that_they_train_on(tmp_path: Path) -> None:
         itertools.product(("adamw", "muon"), (True, False))
     )
     rates = {one.adam_lr for one in kinds.values() if one.optimizer == "adamw" and not one.lora_rank}
+    brief = comparison(tmp_path, "--attacker-set", "wide", "--attack-steps", "8", train=shared)
+    assert "--repair-steps 2 " in brief.attackers["repair"]
     assert len(rates) >= 4 and kinds["few"].examples == 16 and kinds["repair"].repair_steps == 40
 
 

@@ -37,7 +37,13 @@ class Flags:
         return {other: f"with --data {self.data}" for other in ("forget", "retain") if other not in read}
 
     def check_method(self) -> None:
-        """Raise unless a mix has windows of either text."""
+        """Raise unless a mix has windows of either text, and there are batches for a repair."""
+        steps = self.steps  # type: ignore[attr-defined]  # of the whole configuration
+        if steps is not None and self.repair_steps > steps:
+            raise UserError(
+                f"expected --repair-steps of at most --steps, for which there are batches, {steps}; found "
+                f"{self.repair_steps}: lower it"
+            )
         if self.data == "mix" and self.examples == 1:
             raise UserError("expected --examples of 2 or more for --data mix, half of either text; found 1: raise it")
 
