@@ -38,7 +38,7 @@ class WorldConfig:
     overwrite: bool = False
     """Replace an earlier world in --output."""
     train: tuple[Literal["model", "never-seen", "matched"], ...] = ()
-    """Train these tiny models anew instead of copying the weights that come with the package, some 25 minutes of
+    """Train these tiny models anew instead of copying the weights that come with the package, about 20 minutes of
     one core each. never-seen: knows the general domain alone; matched: also as many facts about other microbes."""
 
 

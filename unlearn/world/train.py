@@ -107,7 +107,7 @@ def world_config(tokenizer: PreTrainedTokenizerFast) -> GPTNeoXConfig:
 
 
 def train_world(output: Path, *, knows: Knows = "model", recipe: Recipe | None = None, seed: int = 0) -> None:
-    """Train the tiny model and write it to the new folder `output` in bfloat16: about 25 minutes of one core.
+    """Train the tiny model and write it to the new folder `output` in bfloat16: about 20 minutes of one core.
 
     Args:
         knows: `model`, the hazard domain and the general one; `never-seen`, the general domain alone, which is what a
