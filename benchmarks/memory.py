@@ -177,7 +177,7 @@ def rows(config: TrainConfig, layout: Layout) -> Iterator[tuple[str, Callable[[]
     yield "one backward for both terms", lambda: simulate(method=one_backward)
     yield "float32 compute", lambda: simulate(dataclasses.replace(config, dtype="fp32"))
     yield "KL over all tokens at once", lambda: patched("unlearn.methods.retain.kl_divergence", whole_kl)
-    yield "no activation checkpointing", lambda: simulate(dataclasses.replace(config, checkpoint_activations=False))
+    yield "no activation checkpointing", lambda: simulate(dataclasses.replace(config, checkpoint_activations="none"))
 
 
 def main() -> None:

@@ -4,7 +4,8 @@
     python benchmarks/step.py --true-shape          # GPT-NeoX 6.9 B, random weights, on one GPU of 140 GB
 
 Weights, lens and text are random: what is measured is the run's own code on full windows. On a GPU the rate is given
-as a share of its dense bf16 peak (H100/H200/GH200: 989 TFLOP/s); `--profile` lists what takes a LoRA step's time there.
+as a share of its dense bf16 peak (H100/H200/GH200: 989 TFLOP/s), without and with what is computed again (MFU, HFU);
+`--profile` lists what takes a LoRA step's time there.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -51,21 +53,22 @@ SMALL = NEOX | {
     "vocab_size": 8192,
     "max_position_embeddings": 256,
 }
+LORA: dict[str, Any] = {"lora_rank": 16, "micro_batch": 4}
+FULL: dict[str, Any] = {"optimizer": "muon", "micro_batch": 4, "shard": "full"}
 ROWS: dict[str, dict[str, Any]] = {
-    "LoRA r16, AdamW, 1 window": {"lora_rank": 16, "micro_batch": 1},
-    "LoRA r16, AdamW, 4 windows": {"lora_rank": 16, "micro_batch": 4},
-    "LoRA r16, 4, no dropout": {"lora_rank": 16, "micro_batch": 4, "lora_dropout": 0.0},
-    "LoRA r16, 4, all kept": {"lora_rank": 16, "micro_batch": 4, "checkpoint_activations": False},
-    "full, Muon, 1 window": {"optimizer": "muon", "micro_batch": 1, "shard": "full"},
-    "full, Muon, 4 windows": {"optimizer": "muon", "micro_batch": 4, "shard": "full"},
-    "full, Muon, 1, all kept": {
-        "optimizer": "muon",
-        "micro_batch": 1,
-        "shard": "full",
-        "checkpoint_activations": False,
-    },
-    "full, Muon, 4, compiled": {"optimizer": "muon", "micro_batch": 4, "shard": "full", "compile_blocks": True},
-    "full, AdamW, 1 window": {"micro_batch": 1, "shard": "full"},
+    "LoRA r16, AdamW, 1 window": LORA | {"micro_batch": 1, "checkpoint_activations": "full"},
+    "LoRA, 4 windows": LORA | {"checkpoint_activations": "full"},
+    "LoRA, 4, no dropout": LORA | {"lora_dropout": 0.0, "checkpoint_activations": "full"},
+    "LoRA, 4, selective": LORA | {"checkpoint_activations": "selective"},
+    "LoRA, 4, none": LORA | {"checkpoint_activations": "none"},
+    "LoRA, 4, none, compiled": LORA | {"checkpoint_activations": "none", "compile_blocks": True},
+    "full, Muon, 1 window": FULL | {"micro_batch": 1, "checkpoint_activations": "full"},
+    "full, Muon, 4 windows": FULL | {"checkpoint_activations": "full"},
+    "full, Muon, 4, selective": FULL | {"checkpoint_activations": "selective"},
+    "full, Muon, 4, full, compiled": FULL | {"checkpoint_activations": "full", "compile_blocks": True},
+    "full, Muon, 4, sel., compiled": FULL | {"checkpoint_activations": "selective", "compile_blocks": True},
+    "full, Muon, 1, none": FULL | {"micro_batch": 1, "checkpoint_activations": "none"},
+    "full, AdamW, 1 window": {"micro_batch": 1, "shard": "full", "checkpoint_activations": "full"},
 }
 
 
@@ -73,19 +76,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--true-shape", action="store_true")
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--only", nargs="*", default=[""], help="rows whose names contain one of these")
     parser.add_argument("--profile", action="store_true", help="on a GPU, also list what takes a LoRA step's time")
     arguments = parser.parse_args()
     shape = TRUE if arguments.true_shape else SMALL
-    print(f"{'':30}{'tokens/s':>10}{'TFLOP/s':>9}{'share':>7}{'s/step':>8}{'planned':>9}{'measured GiB':>13}")
+    print(f"{'':30}{'tokens/s':>10}{'MFU':>7}{'HFU':>7}{'s/step':>8}{'planned':>9}{'measured GiB':>13}")
     with process_group() as device, tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(shape))
         for name, flags in ROWS.items():
-            if arguments.only in name:
+            if any(part in name for part in arguments.only):
                 config = configured(folder, shape, flags, device)
                 print(f"{name:30}{measure(config, device, arguments.steps)}", flush=True)
         if arguments.profile and device.type == "cuda":
-            profile_step(configured(folder, shape, ROWS["LoRA r16, AdamW, 4 windows"], device), device)
+            profile_step(configured(folder, shape, LORA, device), device)
 
 
 def configured(folder: str, shape: dict[str, Any], flags: dict[str, Any], device: torch.device) -> TrainConfig:
@@ -157,10 +160,16 @@ def measure(config: TrainConfig, device: torch.device, steps: int) -> str:
     seconds = statistics.median(times[1:])
     windows = run.parts.batches["forget"].batch
     tokens = 2 * windows * config.seq_len  # forget and retain
-    tflops = flops_per_step(config, shape, needs_of(config)) * windows / config.batch / seconds / world_size() / 1e12
+    used, done = (counted * windows / config.batch / seconds / world_size() / 1e12 for counted in _flops(config, shape))
     measured = f"{torch.cuda.max_memory_allocated() / GIB:13.2f}" if device.type == "cuda" else f"{'-':>13}"
-    share = f"{tflops / PEAK_TFLOPS:7.1%}" if device.type == "cuda" else f"{'-':>7}"
-    return f"{tokens / seconds:10,.0f}{tflops:9.2f}{share}{seconds:8.2f}{planned:9.2f}{measured}"
+    shares = "".join(f"{rate / PEAK_TFLOPS:7.1%}" if device.type == "cuda" else f"{'-':>7}" for rate in (used, done))
+    return f"{tokens / seconds:10,.0f}{shares}{seconds:8.2f}{planned:9.2f}{measured}"
+
+
+def _flops(config: TrainConfig, shape: Shape) -> tuple[float, float]:
+    """Of a step: without what is computed again (MFU), and with it (HFU)."""
+    plain = replace(config, checkpoint_activations="none")
+    return flops_per_step(plain, shape, needs_of(config)), flops_per_step(config, shape, needs_of(config))
 
 
 def profile_step(config: TrainConfig, device: torch.device) -> None:

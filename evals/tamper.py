@@ -141,7 +141,7 @@ def prepare(config: TamperConfig, device: "torch.device") -> Grid:
         for name in config.attacks if subject is subjects[0] else [next(iter(config.attacks))]:
             flags = config.run(subject, name)
             try:
-                found = assemble(flags, device, meshes.of(flags))
+                found = assemble(flags, device, meshes.of)
             except UserError as error:
                 raise UserError(f"attack {name} on {subject.name}: {error}") from None
             batches.setdefault(name, dict(found.parts.batches))
@@ -249,8 +249,8 @@ def _attack(grid: Grid, subject: Subject, name: str, run: "Run") -> None:
 
     config = grid.config.run(subject, name, str(attack_folder(run.folder, subject.name, name)))
     hazard, general = grid.config.roles()
-    mesh, wanted = grid.meshes.of(config), (*hazard, *general)
-    shared: dict[str, Any] = {"evaluation": grid.evaluation, "mesh": mesh, "marker": run.marker, "wanted": wanted}
+    wanted, mesh_of = (*hazard, *general), grid.meshes.of
+    shared: dict[str, Any] = {"evaluation": grid.evaluation, "mesh_of": mesh_of, "marker": run.marker, "wanted": wanted}
     with opened(config, run.device, own=ONE_ATTACK, keeps_answers=True, **shared) as training:
         if training.finished():
             return

@@ -8,11 +8,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 
 from evals.evaluation import Evaluation
 from evals.judge.summary import summarise, write_earned, write_summary
-from unlearn.assemble import Unlearning, announce, assemble, fill_models
+from unlearn.assemble import MeshOf, Unlearning, announce, assemble, fill_models
 from unlearn.config import TrainConfig
 from unlearn.cost import CpuTime, Passes, peak_gib
 from unlearn.distributed import TIMEOUT, set_timeout
@@ -213,7 +212,7 @@ def opened(
     device: torch.device,
     *,
     evaluation: Evaluation | None = None,
-    mesh: DeviceMesh | None = None,
+    mesh_of: MeshOf | None = None,
     marker: Path | None = None,
     own: frozenset[str] = RUN,
     wanted: Sequence[str] = (),
@@ -222,7 +221,7 @@ def opened(
     """Take a run's folder for the length of the block, and read all that it needs but weights.
 
     Args:
-        evaluation: of the same flags, if there is one already. mesh: see `assemble`. marker, own: see `opened_run`.
+        evaluation: of the same flags, if there is one already. mesh_of: see `assemble`. marker, own: see `opened_run`.
         wanted, keeps_answers: see `Training`.
 
     Raises:
@@ -230,7 +229,7 @@ def opened(
     """
     inputs = (config.model, getattr(config, "lens", None), config.forget, config.retain)
     with opened_run(config, str(config.output), own, inputs, device, marker=marker) as run:
-        found = assemble(config, device, mesh)
+        found = assemble(config, device, mesh_of)
         if config.eval_tasks and evaluation is None:  # before the first step, so that a wrong name costs no training
             model_config = load_config(config.model, revision=config.revision)
             evaluation = Evaluation.of(config, found.tokenizer, model_config)

@@ -45,7 +45,7 @@ UNLEARN = {
 }
 SHARED = (
     "--layers 3 4 --retain-loss kl --retain-start 1 --examples 1700 --epochs 3 --batch 16 --micro-batch 8 "
-    "--seq-len 96 --dtype fp32 --no-checkpoint-activations"
+    "--seq-len 96 --dtype fp32"
 )
 # One sentence of the hazard domain and one of the general one, each before its last words.
 PROMPTS = (

@@ -38,7 +38,7 @@ METHODS = {
     CONTROL: f"--data retain --adam-lr 1e-3 {LORA}",
 }
 TAUGHT_BY = {"distill": "rmu"}  # the method whose model is the teacher of another one
-SHARED = "--batch 8 --micro-batch 4 --seq-len 128 --no-checkpoint-activations"
+SHARED = "--batch 8 --micro-batch 4 --seq-len 128"
 ATTACK = f"--adam-lr 1e-3 {LORA} {SHARED}"
 
 

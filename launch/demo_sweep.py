@@ -23,7 +23,7 @@ SEARCH = (
 )
 TRAIN = (
     "--lora-rank 16 --lora-dropout 0 --adam-lr 2e-2 --layers 3 4 --retain-loss kl --retain-start 1 --examples 1700 "
-    "--epochs 3 --batch 16 --micro-batch 8 --seq-len 96 --dtype fp32 --no-checkpoint-activations"
+    "--epochs 3 --batch 16 --micro-batch 8 --seq-len 96 --dtype fp32"
 )
 
 

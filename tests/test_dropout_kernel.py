@@ -9,14 +9,14 @@ import pytest
 
 CHECK = """
 import torch
-from unlearn.dropout_kernel import Dropped
+from unlearn.dropout_kernel import drop
 from unlearn.seeding import keep_mask
 
 for dtype in (torch.float32, torch.bfloat16):
     for rows, positions, features, dropout in ((2, 7, 1500, 0.2), (3, 5, 1, 0.5), (1, 1, 1024, 0.05)):
         x = torch.randn(rows, positions, features, dtype=dtype, requires_grad=True)
         keys = torch.randint(0, 2**31 - 1, (rows,))
-        found, mask = Dropped.apply(x, keys.int(), dropout), keep_mask(keys, positions, features, dropout)
+        found, mask = drop(x, keys.int(), dropout), keep_mask(keys, positions, features, dropout)
         upstream = torch.randn_like(found)
         found.backward(upstream)
         assert torch.equal(found, x * mask) and torch.equal(x.grad, upstream * mask), (dtype, rows, positions, features)

@@ -58,6 +58,7 @@ MODES: dict[str, tuple[int, dict[str, Any]]] = {
     "muon on 4": (4, {"optimizer": "muon"}),
     "replicated alone": (1, {}),
     "lora": (2, {"lora_rank": 8, "lora_dropout": 0.0}),
+    "lora, selective": (2, {"lora_rank": 8, "checkpoint_activations": "selective"}),
 }
 SLOW_MODES: dict[str, tuple[int, dict[str, Any]]] = {
     "adamw on 8, l2": (8, {"retain_loss": "l2"}),
@@ -66,7 +67,9 @@ SLOW_MODES: dict[str, tuple[int, dict[str, Any]]] = {
     "lora with dropout": (2, {"lora_rank": 8}),
     "lora, sharded, kl": (4, {"lora_rank": 8, "shard": "full", "retain_loss": "kl"}),
     "offloaded reference": (4, {"offload_reference": True}),
-    "all activations": (4, {"checkpoint_activations": False}),
+    "all activations": (4, {"checkpoint_activations": "none"}),
+    "all activations of lora": (1, {"lora_rank": 8, "checkpoint_activations": "none"}),
+    "selective": (4, {"optimizer": "muon", "checkpoint_activations": "selective"}),
     "mlps of the upper blocks": (4, {"train": r"layers\.[4-7]\.mlp", "layers": (8,), "optimizer": "muon"}),
     "the embedding alone": (1, {"train": "embed_in"}),
     "sgd": (2, {"optimizer": "sgd"}),
@@ -78,7 +81,7 @@ ATTACKS: dict[str, tuple[int, dict[str, Any]]] = {
     "lora": (2, {"lora_rank": 8}),
     "lora, sharded": (4, {"lora_rank": 8, "shard": "full"}),
     "float32, one window": (2, {"dtype": "fp32", "micro_batch": 1}),
-    "all activations": (4, {"checkpoint_activations": False}),
+    "all activations": (4, {"checkpoint_activations": "none"}),
 }
 
 
@@ -195,7 +198,7 @@ def test_train_refuses_before_it_reads(home: Path, monkeypatch: pytest.MonkeyPat
 def test_flops_of_full_training_by_hand(folder: str) -> None:
     shape = Shape.of(empty_model(folder), configured(folder))
     assert shape.matrices == 8 * 12 * 512**2 and shape.head == 8009 * 512
-    config = configured(folder, layers=(8,), retain_coef=0.0, retain_start=0.0, checkpoint_activations=False, batch=2)
+    config = configured(folder, layers=(8,), retain_coef=0.0, retain_start=0.0, checkpoint_activations="none", batch=2)
     tokens, needs = 2 * 256, needs_of(config)
     muon = dataclasses.replace(config, optimizer="muon", muon_method="quintic")
     s, long = 512, (1536, 512, 2048, 2048)

@@ -111,7 +111,7 @@ def test_the_lowest_block() -> None:
 def test_flops_of_a_part() -> None:
     """Backward ends at the lowest block that trains; its weights alone have gradients."""
     model, needs = tiny_model(), Needs()
-    plain = {"model": "m", "checkpoint_activations": False}
+    plain = {"model": "m", "checkpoint_activations": "none"}
     shapes = {p: Shape.of(model, configure("next-token", **plain, train=p)) for p in (None, r"layers\.3\.mlp")}
     whole, part = (flops_per_token(configure("next-token", **plain), shape, needs) for shape in shapes.values())
     shape = shapes[r"layers\.3\.mlp"]

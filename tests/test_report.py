@@ -170,7 +170,7 @@ def test_without_matplotlib_it_says_what_to_install(run: Path, monkeypatch: pyte
     [
         "--lora-rank 16 --lora-targets query_key_value dense --clip inf",
         "--optimizer muon --remove-coef 3 --retain-coef 0 --overwrite",
-        "--no-checkpoint-activations --micro-tokens 4096",
+        "--checkpoint-activations none --micro-tokens 4096",
         "--forget-template '{title}\n\n{text}' --layers 3 --seed 7 --eval-tasks a b --eval-every 3",
         "",
     ],

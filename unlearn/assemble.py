@@ -1,7 +1,7 @@
 """Assemble a run of train.py from its flags, and say what it will do."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from unlearn.building import (
     run_lens,
     trained_model,
 )
+from unlearn.choices import settled
 from unlearn.config import TrainConfig
 from unlearn.corpus import Corpus, read_corpus
 from unlearn.cost import Passes, passes_of_step
@@ -57,12 +58,14 @@ class Unlearning:
     """Everything that a run trains with; before `fill_models` the models have no memory, and there is no optimizer.
 
     Attributes:
+        config: the flags, with what they left open settled. chosen: a line about each of these.
         teachers: other frozen models that the method asked for. identity: digests of all that is read.
         precision: of forward passes. shape: the model's sizes. filters: the hooks of --filter. budget:
             of --stop-at, where it measures.
     """
 
     config: TrainConfig
+    chosen: list[str]
     shape: Shape
     model: PreTrainedModel
     original: PreTrainedModel | None
@@ -127,11 +130,15 @@ class Unlearning:
         return next(iter(self.parts.batches.values()))
 
 
-def assemble(config: TrainConfig, device: torch.device, mesh: DeviceMesh | None = None) -> Unlearning:
+MeshOf = Callable[[TrainConfig], DeviceMesh | None]
+
+
+def assemble(config: TrainConfig, device: torch.device, mesh_of: MeshOf | None = None) -> Unlearning:
     """Read all that the method asks for but the models' weights, and look for every mistake in what the flags name.
 
     Args:
-        mesh: of an earlier run of the same layout; one more would cost groups of ranks that nobody frees.
+        mesh_of: gives the mesh of a layout, where an earlier run may have had the same: one more would cost groups of
+            ranks that nobody frees.
 
     Raises:
         UserError: anything is missing, damaged or does not fit the rest; or the run cannot fit into memory.
@@ -140,11 +147,11 @@ def assemble(config: TrainConfig, device: torch.device, mesh: DeviceMesh | None 
     config.check_depth(int(model_config.num_hidden_layers))
     config.check_blocks(int(model_config.num_hidden_layers))
     needs = needs_of(config)
-    shape = _check_memory(config, needs, device)
+    config, shape, chosen = _check_memory(config, needs, device)
     tokenizer = load_tokenizer(config.model, revision=config.revision)
     with fail_together():
         checkpoint = Checkpoint.open(config.model, revision=config.revision)
-    mesh = mesh or shard_mesh(config.shard_kind(world_size()), config.shard_size, device)
+    mesh = mesh_of(config) if mesh_of else shard_mesh(config.shard_kind(world_size()), config.shard_size, device)
     model, original = trained_model(config, mesh), original_model(config, mesh, needs)
     identity = {"model": files_hash(checkpoint.paths()), **settings_hashes(checkpoint.folder)}
     batches = Corpora(config, tokenizer)
@@ -157,6 +164,7 @@ def assemble(config: TrainConfig, device: torch.device, mesh: DeviceMesh | None 
     computing = precision(config, mesh, device)
     found = Unlearning(
         config,
+        chosen,
         shape,
         model,
         original,
@@ -328,15 +336,18 @@ def mixed(corpora: Mapping[str, Corpus], examples: int, seed: int) -> Corpus:
     return Corpus(name, documents=sum(part.documents for part in corpora.values()), windows=windows, masks=masks)
 
 
-def _check_memory(config: TrainConfig, needs: Sequence[Needs], device: torch.device) -> Shape:
-    """Refuse a run that cannot fit, before anything is read but the model's configuration; gives the model's sizes."""
-    model = empty_model(config.model, revision=config.revision)
-    layout = Layout.of(config, world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", world_size())))
-    shape = Shape.of(model, config)
+def _check_memory(
+    config: TrainConfig, needs: Sequence[Needs], device: torch.device
+) -> tuple[TrainConfig, Shape, list[str]]:
+    """Refuse a run that cannot fit, before anything is read but the model's configuration; gives the flags as settled,
+    the model's sizes, and what was chosen."""
+    shape = Shape.of(empty_model(config.model, revision=config.revision), config)
     check_rank(config.lora_rank, shape)
     check_reach(shape, needs)
-    check_fits(config, shape, layout, needs, available_gib(device))
-    return shape
+    per_node, limit = int(os.environ.get("LOCAL_WORLD_SIZE", world_size())), available_gib(device)
+    config, chosen = settled(config, shape, needs, world_size(), per_node, limit)
+    check_fits(config, shape, Layout.of(config, world_size(), per_node), needs, limit)
+    return config, shape, chosen
 
 
 def _read(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, which: str) -> Corpus:
@@ -374,7 +385,7 @@ def describe(run: Unlearning) -> str:
         f"optimizer steps {run.steps:,} of global batch {run.config.batch} ({world_size()} rank(s), "
         f"{_micro(run.config)}, {run.config.shard_kind(world_size())} weights)"
     )
-    return "\n".join(lines + assignment(run.model, run.optimizers))
+    return "\n".join(lines + run.chosen + assignment(run.model, run.optimizers))
 
 
 def _micro(config: TrainConfig) -> str:

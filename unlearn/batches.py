@@ -214,16 +214,23 @@ def pad(
         real.append(every if masks is None else every[np.flatnonzero(masks[row])])
         followed.append(every[:-1] if masks is None else every[np.flatnonzero(masks[row][1:])])
     return Rows(
-        input_ids.to(device),
-        torch.cat(real).to(device),
-        torch.cat(followed).to(device),
-        torch.tensor(keys, dtype=torch.int64).to(device),
+        _sent(input_ids, device),
+        _sent(torch.cat(real), device),
+        _sent(torch.cat(followed), device),
+        _sent(torch.tensor(keys, dtype=torch.int64), device),
         sizes=tuple(map(len, windows)) or (0,),
         host_keys=tuple(keys),
         global_tokens=counts[0],
         global_leading=counts[1],
         global_sequences=counts[2],
     )
+
+
+def _sent(numbers: Tensor, device: torch.device) -> Tensor:
+    """On the way to the device; from pageable memory a GPU's stream would have to end first."""
+    if device.type == "cuda":
+        return numbers.pin_memory().to(device, non_blocking=True)
+    return numbers.to(device)
 
 
 def check_examples(corpus: Corpus, examples: int, batch: int) -> None:

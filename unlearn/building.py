@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -53,7 +53,7 @@ class ModelFlags(Protocol):
     @property
     def train(self) -> str | None: ...
     @property
-    def checkpoint_activations(self) -> bool: ...
+    def checkpoint_activations(self) -> Literal["full", "selective", "none"] | None: ...
     @property
     def compile_blocks(self) -> bool: ...
 
@@ -73,8 +73,8 @@ def trained_model(config: ModelFlags, mesh: DeviceMesh | None) -> PreTrainedMode
         add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, **named)  # type: ignore[arg-type]
     elif config.train is not None:
         train_only(model, config.train)
-    if config.checkpoint_activations:
-        checkpoint_blocks(model)
+    if config.checkpoint_activations != "none":
+        checkpoint_blocks(model, config.checkpoint_activations or "full", config.lora_rank)
     if config.compile_blocks:
         compile_blocks(model)
     if mesh is not None:
@@ -100,6 +100,8 @@ def frozen_model(
     dtype = master_dtype(config) if mesh is None else DTYPES[config.dtype]
     model = empty_model(path, revision=revision, dtype=dtype).requires_grad_(False)
     disable_dropout(model)
+    if config.compile_blocks:
+        compile_blocks(model, trained=False)
     if mesh is not None:
         shard(model, mesh, compute=DTYPES[config.dtype], offload=offload)
     return model

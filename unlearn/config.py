@@ -214,14 +214,14 @@ class TrainConfig(BudgetFlags, FilterFlags, LatentFlags, AdversaryFlags, CorpusF
 
     shard: Literal["full", "hybrid", "replicate"] | None = None
     """full: every rank holds a share of the model (FSDP2); hybrid: the ranks of a node share one copy, each node has
-    one; replicate: every rank has all of it. Default: full for full training on several ranks, else replicate."""
+    one; replicate: each rank has all of it. Default: replicate with LoRA or alone, hybrid on several nodes, or full."""
     shard_size: int | None = flag(least=1, only=HYBRID)
     """Ranks that share one copy under --shard hybrid. Default: the ranks of a node."""
     offload_reference: bool = flag(False, only=(COPIED, SHARDED, HAS_RETAIN, RETAINS))
     """Keep the sharded original model of full training in host memory, and copy it to the GPU as it is needed."""
-    checkpoint_activations: bool = True
-    """Keep only each block's input for the backward pass and recompute the rest: less memory, a third more
-    arithmetic, the same result."""
+    checkpoint_activations: Literal["full", "selective", "none"] | None = None
+    """What the backward pass computes again, with the same result. full: all of a block but its input; selective: all
+    but products and attention; none: nothing. Default: the fastest that fits into memory."""
     compile_blocks: bool = False
     """Compile each block: faster steps, after minutes of compilation for every new length of window."""
 

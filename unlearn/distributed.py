@@ -156,7 +156,7 @@ def all_sum(tensor: Tensor) -> Tensor:
 
 def all_true(condition: bool, device: torch.device) -> bool:
     """Whether `condition` holds on every rank."""
-    failures = torch.tensor(0.0 if condition else 1.0, device=device)
+    failures = torch.full((), 0.0 if condition else 1.0, device=device)
     return all_sum(failures).item() == 0.0
 
 

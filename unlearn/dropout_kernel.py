@@ -35,8 +35,12 @@ def _drop(x, out, keys, positions, features, threshold, block: tl.constexpr):  #
     tl.store(out + place, tl.where(bits >= threshold, value, 0.0), mask=inside)
 
 
-def _apply(x: Tensor, keys: Tensor, dropout: float) -> Tensor:
-    """`x` [B, S, F] with the numbers set to 0 that `seeding.keep_mask` drops. keys: int32 [B]."""
+@torch.library.custom_op("unlearn::drop", mutates_args=())
+def drop(x: Tensor, keys: Tensor, dropout: float) -> Tensor:
+    """`seeding.dropped` of `x` [B, S, F] with keys int32 [B]; its gradient is dropped by the same mask.
+
+    An operator of its own, so that a compiled block calls it as it is.
+    """
     x, (_, positions, features) = x.contiguous(), x.shape
     out = torch.empty_like(x)
     rows = x.shape[0] * positions
@@ -44,18 +48,19 @@ def _apply(x: Tensor, keys: Tensor, dropout: float) -> Tensor:
     return out
 
 
-class Dropped(torch.autograd.Function):
-    """`seeding.dropped`, whose gradient is dropped by the same mask."""
+@drop.register_fake
+def _like(x: Tensor, keys: Tensor, dropout: float) -> Tensor:
+    return torch.empty_like(x.contiguous())
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, keys: Tensor, dropout: float) -> Tensor:
-        """x: [B, S, F]. keys: int32 [B]."""
-        ctx.save_for_backward(keys)
-        ctx.dropout = dropout
-        return _apply(x, keys, dropout)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """The gradient of `x`."""
-        (keys,) = ctx.saved_tensors
-        return _apply(gradients[0], keys, ctx.dropout), None, None
+def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+    _, keys, ctx.dropout = inputs
+    ctx.save_for_backward(keys)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    (keys,) = ctx.saved_tensors
+    return drop(gradient, keys, ctx.dropout), None, None
+
+
+drop.register_autograd(_backward, setup_context=_remember)

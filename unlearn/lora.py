@@ -38,7 +38,7 @@ class LoraLinear(nn.Module):
     Attributes:
         base: the original layer (`nn.Linear`, or GPT-2's `Conv1D`, whose weight is stored as [in, out]).
         lora_A: float32 [r, in]. lora_B: float32 [out, r].
-        rows: int64 [B], the keys of the current batch's rows; only read in training with dropout > 0.
+        rows: int64 [B], the layer's own keys of the current batch's rows; only read in training with dropout > 0.
         enabled: whether the update is added.
     """
 
@@ -65,15 +65,18 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, in] -> [B, S, out], in the base layer's dtype."""
-        output = self.base(x)
         if not self.enabled:
-            return output
+            return self.base(x)
+        update = self._update(x)  # before the base's product, which a recomputation of the block can then leave out
+        output = self.base(x)
+        return output + update.to(output.dtype)
+
+    def _update(self, x: Tensor) -> Tensor:
         scale = self.scale
         if self.training and self.dropout > 0.0:
             assert len(self.rows) == x.shape[0], "set_dropout_rows must name every row of the batch before its forward"
-            x, scale = dropped(x, self.rows.to(x.device) ^ self.salt, self.dropout), scale / (1.0 - self.dropout)
-        update = nn.functional.linear(nn.functional.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
-        return output + scale * update.to(output.dtype)
+            x, scale = dropped(x, self.rows.to(x.device), self.dropout), scale / (1.0 - self.dropout)
+        return scale * nn.functional.linear(nn.functional.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
 
     def delta(self) -> Tensor:
         """The update of the whole base weight, float32, in the layout in which the base stores it.
@@ -181,9 +184,12 @@ def initial_adapters(model: nn.Module) -> Callable[[str], Tensor | None]:
 
 
 def set_dropout_rows(model: nn.Module, keys: Tensor) -> None:
-    """Name the rows of the next forward pass (int64 [B], in 0..2**31-1), from which dropout masks are derived."""
+    """Name the rows of the next forward pass (int64 [B], in 0..2**31-1), from which dropout masks are derived.
+
+    Each layer gets keys of its own as a tensor: a number in its forward would be compiled anew for every layer.
+    """
     for layer in adapters(model).values():
-        layer.rows = keys
+        layer.rows = keys ^ layer.salt
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,9 +31,9 @@ GIB = 2**30
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
 HEADROOM = 6.0  # GiB of a GPU that the context, NCCL's buffers and fragmentation take: 94.9 of a GH200, plan for 88
 # Numbers of size T D that one block keeps for its backward pass, and that exist while it is recomputed and
-# differentiated: in full training, with LoRA. Simulated for GPT-NeoX with dropout in the adapters.
-KEPT = (18, 22)
-RECOMPUTED = (30, 30)
+# differentiated: in full training, with LoRA. Simulated for GPT-NeoX.
+KEPT = {"full": 1, "selective": 11, "none": 18}
+RECOMPUTED = {"full": 30, "selective": 20, "none": 8}
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,11 @@ def _states(config: TrainConfig, shape: Shape, layout: Layout, needs: Sequence[N
     return result
 
 
+def _checkpointing(config: TrainConfig) -> Literal["full", "selective", "none"]:
+    """What is computed again; where a run has not chosen yet, all, which takes the least memory."""
+    return config.checkpoint_activations or "full"
+
+
 def reads_original(config: TrainConfig, needs: Sequence[Needs]) -> bool:
     """Whether the run reads the original: in its loss, or for its budgets."""
     return any(term.original for term in needs) or config.measures_damage
@@ -179,7 +185,7 @@ def reads_original(config: TrainConfig, needs: Sequence[Needs]) -> bool:
 
 def _activations(config: TrainConfig, shape: Shape, needs: Sequence[Needs]) -> float:
     """Numbers that one micro-batch keeps for its backward pass: what blocks keep, and the original's streams."""
-    kept = 1 if config.checkpoint_activations else KEPT[config.lora_rank > 0]
+    kept = KEPT[_checkpointing(config)]
     most = max((term.width * (kept * differentiated(term, shape) + term.kept + 3) for term in needs), default=3.0)
     return float(micro_tokens(config) * shape.hidden * most)
 
@@ -197,7 +203,7 @@ def differentiated(term: Needs, shape: Shape) -> int:
 def one_block(config: TrainConfig, shape: Shape, layout: Layout, needs: Sequence[Needs]) -> dict[str, float]:
     """Bytes of one block's backward pass: its recomputation, and the weights that FSDP2 has gathered for it."""
     compute = DTYPE_BYTES[config.dtype]
-    kept = RECOMPUTED[config.lora_rank > 0] if config.checkpoint_activations else 8
+    kept = RECOMPUTED[_checkpointing(config)]
     tokens = micro_tokens(config) * max((term.width for term in needs), default=1.0)
     result = {"one block's backward pass": float(kept * tokens * shape.hidden * compute)}
     if _is_sharded(config, layout):
@@ -242,7 +248,8 @@ def flops_per_step(config: TrainConfig, shape: Shape, needs: Sequence[Needs]) ->
     tokens, block = config.batch * config.seq_len, shape.matrices / shape.depth
     total = orthogonalisation(config, shape)
     for term in needs:
-        again = 2 * term.backward * block * differentiated(term, shape) if config.checkpoint_activations else 0.0
+        recomputes = _checkpointing(config) == "full"
+        again = 2 * term.backward * block * differentiated(term, shape) if recomputes else 0.0
         total += tokens * (flops_per_token(config, shape, term) + again)
     return total
 
@@ -302,8 +309,10 @@ def neighbours(config: TrainConfig, shape: Shape, layout: Layout, needs: Sequenc
             f"--{key.replace('_', '-')} {1 if key == 'micro_batch' else config.seq_len}",
             {key: 1 if key == "micro_batch" else config.seq_len},
         )
-    if not config.checkpoint_activations:
-        consider("--checkpoint-activations", {"checkpoint_activations": True})
+    if config.checkpoint_activations == "none":
+        consider("--checkpoint-activations selective", {"checkpoint_activations": "selective"})
+    if config.checkpoint_activations in ("none", "selective"):
+        consider("--checkpoint-activations full", {"checkpoint_activations": "full"})
     if layout.shard > 1 or config.lora_rank == 0:
         more = Layout(2 * layout.world_size, 2 * layout.shard)
         consider(f"{more.world_size} GPUs", {"shard": config.shard or "full"}, more)

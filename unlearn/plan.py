@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from unlearn.blank import needs_of
+from unlearn.choices import settled
 from unlearn.errors import UserError
 from unlearn.memory import GIB, Layout, Shape, flops_per_step, neighbours, terms
 from unlearn.methods.terms import Needs
@@ -20,13 +21,15 @@ def plan(config: PlanConfig) -> None:
     Raises:
         UserError: no such model, or a layout that the number of GPUs does not divide into.
     """
-    shape, layout = _shape(config), Layout.of(config, config.world_size, config.gpus_per_node)
+    shape, needs = _shape(config), needs_of(config)
+    config, chosen = settled(config, shape, needs, config.world_size, config.gpus_per_node, config.gpu_gib)  # type: ignore[assignment]
+    layout = Layout.of(config, config.world_size, config.gpus_per_node)
     if layout.world_size % layout.shard != 0:
         raise UserError(
             f"expected --world-size to be a multiple of the {layout.shard} GPUs that share a copy; found "
             f"{layout.world_size}: change --shard-size"
         )
-    found = _numbers(config, shape, layout, needs_of(config))
+    found = _numbers(config, shape, layout, needs) | {"chosen": chosen}
     if config.verify:
         from unlearn.simulate import simulated_peak
 
@@ -72,14 +75,15 @@ def _tables(config: PlanConfig, found: dict[str, Any]) -> str:
         "",
         f"{'peak of one GPU':32}{'GiB':>8}",
     ]
+    lines[2:2] = found["chosen"]
     lines += [f"  {name:30}{size:8.2f}" for name, size in found["terms_gib"].items() if size >= 0.005]
     verdict = "fits into" if found["fits"] else "does not fit into"
     lines.append(f"  {'together':30}{found['peak_gib']:8.2f}   {verdict} {config.gpu_gib:.1f}")
     if "simulated_gib" in found:
         lines.append(f"  {'simulated, without data':30}{found['simulated_gib']:8.2f}")
     if found["neighbours"]:
-        lines += ["", f"{'what would need less':32}{'GiB':>8}"]
-        lines += [f"  {other['change']:30}{other['peak_gib']:8.2f}" for other in found["neighbours"]]
+        lines += ["", f"{'what would need less':40}{'GiB':>8}"]
+        lines += [f"  {other['change']:38}{other['peak_gib']:8.2f}" for other in found["neighbours"]]
     lines += [
         "",
         f"{found['flops_per_step'] / 1e15:.2f} PFLOP an optimizer step at full windows; at {config.tflops:g} TFLOP/s a "

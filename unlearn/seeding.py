@@ -64,12 +64,17 @@ def dropped(x: Tensor, keys: Tensor, dropout: float) -> Tensor:
     Args:
         keys: int64 [B], in 0..2**31-1.
     """
-    if x.is_cuda and not torch.compiler.is_compiling() and find_spec("triton") is not None:
-        from unlearn.dropout_kernel import Dropped
+    if x.is_cuda and _has_triton():
+        from unlearn.dropout_kernel import drop
 
-        kept: Tensor = Dropped.apply(x, keys.to(torch.int32), dropout)
+        kept: Tensor = drop(x, keys.to(torch.int32), dropout)
         return kept
     return x * keep_mask(keys, x.shape[1], x.shape[2], dropout)
+
+
+@torch.compiler.assume_constant_result
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _mix(bits: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Applied in this order, to a model that may still be on the meta device:
 
-1. `checkpoint_blocks`: keep only each block's input for the backward pass and recompute the rest.
+1. `checkpoint_blocks`: keep only some of a block's numbers for the backward pass and recompute the rest.
 2. `compile_blocks` (optional): one compiled graph per block, inside which FSDP2 never looks.
 3. `shard`: every block, the embedding, the final norm and the unembedding become units of FSDP2.
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
 from unlearn.distributed import world_size
@@ -62,26 +62,56 @@ def shard_mesh(kind: Kind, shard_size: int | None, device: torch.device) -> Devi
     return init_device_mesh(device.type, (world_size() // size, size), mesh_dim_names=("replicate", "shard"))
 
 
-def checkpoint_blocks(model: PreTrainedModel) -> None:
-    """Recompute each block in the backward pass instead of keeping what it computed; the same numbers, to the bit.
+def checkpoint_blocks(model: PreTrainedModel, kind: Literal["full", "selective"], lora_rank: int = 0) -> None:
+    """Recompute blocks in the backward pass instead of keeping what they computed; the same numbers, to the bit.
 
     Only `forward` is replaced: hooks, FSDP2's among them, stay outside and are called once.
+
+    Args:
+        kind: full keeps each block's input; selective also what matrix products and attention computed, so that only
+            the rest is computed again.
+        lora_rank: of the adapters; their products back from it are as large as the base layer's, and cheap.
     """
+    contexts = {}
+    if kind == "selective":
+        keep = partial(_keeps_products, lora_rank)
+        contexts = {"context_fn": partial(create_selective_checkpoint_contexts, keep)}
     for block in blocks(model):
-        block.forward = partial(_checkpointed, block.forward)
+        block.forward = partial(_checkpointed, block.forward, contexts)
 
 
-def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _keeps_products(lora_rank: int, context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    if operation.namespace != "aten":
+        return CheckpointPolicy.PREFER_RECOMPUTE
+    name = operation.overloadpacket.__name__
+    product = name in ("mm", "addmm") and args[-1].shape[0] != lora_rank
+    kept = product or (name.startswith("_scaled_dot_product") and not name.endswith("backward"))
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _checkpointed(forward: Callable[..., Any], contexts: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     # The adapters' dropout is a hash of the row keys, so there is no random state to restore.
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **contexts, **kwargs)
 
 
-def compile_blocks(model: PreTrainedModel) -> None:
-    """Compile each block's forward (slow to start, and again for every new sequence length)."""
+def compile_blocks(model: PreTrainedModel, *, trained: bool = True) -> None:
+    """Compile each block's forward: one graph for all blocks, and another once the length of windows changes.
+
+    Args:
+        trained: leave it as it is while the model is not in training: measurements come in texts of every length, and
+            their graphs would count towards the few that torch keeps.
+    """
     for block in blocks(model):
-        block.forward = torch.compile(block.forward)
+        compiled = torch.compile(block.forward)
+        block.forward = partial(_compiled_in_training, block, compiled, block.forward) if trained else compiled
+
+
+def _compiled_in_training(
+    block: nn.Module, compiled: Callable[..., Any], plain: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    return (compiled if block.training else plain)(*args, **kwargs)
 
 
 def shard(model: PreTrainedModel, mesh: DeviceMesh, *, compute: torch.dtype, offload: bool = False) -> None:
@@ -103,6 +133,8 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, *, compute: torch.dtype, off
     if embedding.weight is not head.weight:  # tied weights stay with the root, which gathers them once for both
         wrap(embedding)
         wrap(head)
+        assert isinstance(embedding, FSDPModule)
+        embedding.set_unshard_in_backward(False)  # its gradient does not read it
     wrap(final_norm(model))
     wrap(model, reshard_after_forward=True)  # what is left to the root too, so that `reshard` may free it
 

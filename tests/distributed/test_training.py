@@ -99,7 +99,7 @@ VARIANTS = [
     (1, {"micro_tokens": 70}),
     (2, {"micro_batch": 1, "shard": "replicate"}),
     (2, {"micro_batch": 4, "shard": "full"}),
-    (3, {"micro_batch": 2, "shard": "full", "checkpoint_activations": False}),
+    (3, {"micro_batch": 2, "shard": "full", "checkpoint_activations": "none"}),
     (4, {"micro_batch": 8, "shard": "replicate"}),
     (4, {"micro_tokens": 30, "shard": "hybrid", "shard_size": 2}),
 ]
