@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import DEPTH, WIDTH, random_lens, tiny_model
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from unlearn.errors import UserError
@@ -148,6 +149,23 @@ def test_lens_of_another_name_without_hash(tmp_path: Path) -> None:
     model.config.name_or_path = "/models/other"
     with pytest.raises(UserError, match="found one of somebody/model"):
         TunedLens.load(str(folder), model)
+
+
+def test_micro_batches_of_several_chunks_are_summed_one_by_one() -> None:
+    """So that one rank with two of them and two ranks with one each end in the same bits."""
+    model, count = tiny_model(), 2 * CHUNK + 77
+
+    def gradients(*numbers: int) -> list[Tensor]:
+        lens = random_lens(model).for_training()
+        for number in numbers:
+            drawn = torch.Generator().manual_seed(number)
+            final, *streams = (torch.randn(count, WIDTH, generator=drawn) for _ in range(3))
+            weights = torch.rand(count, generator=drawn) / count
+            EveryLayer(lens, dict(zip((1, 3), streams, strict=True)), final, weights).backward(1.0)
+        return [p.grad if p.grad is not None else torch.zeros_like(p) for p in lens.translators.parameters()]
+
+    for together, one, other in zip(gradients(1, 2), gradients(1), gradients(2), strict=True):
+        assert torch.equal(together, one + other)
 
 
 def test_lens_fits_the_same_model_in_another_dtype(tmp_path: Path) -> None:

@@ -214,10 +214,10 @@ def pad(
         real.append(every if masks is None else every[np.flatnonzero(masks[row])])
         followed.append(every[:-1] if masks is None else every[np.flatnonzero(masks[row][1:])])
     return Rows(
-        _sent(input_ids, device),
-        _sent(torch.cat(real), device),
-        _sent(torch.cat(followed), device),
-        _sent(torch.tensor(keys, dtype=torch.int64), device),
+        sent(input_ids, device),
+        sent(torch.cat(real), device),
+        sent(torch.cat(followed), device),
+        sent(torch.tensor(keys, dtype=torch.int64), device),
         sizes=tuple(map(len, windows)) or (0,),
         host_keys=tuple(keys),
         global_tokens=counts[0],
@@ -226,9 +226,9 @@ def pad(
     )
 
 
-def _sent(numbers: Tensor, device: torch.device) -> Tensor:
-    """On the way to the device; from pageable memory a GPU's stream would have to end first."""
-    if device.type == "cuda":
+def sent(numbers: Tensor, device: torch.device) -> Tensor:
+    """`numbers` on the way to `device`; from pageable memory a GPU's stream would have to end first."""
+    if device.type != "cpu":
         return numbers.pin_memory().to(device, non_blocking=True)
     return numbers.to(device)
 

@@ -6,14 +6,15 @@ model's. A tenth of the windows is held out: KL and top-1 agreement on it are re
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -58,10 +59,11 @@ class EveryLayer:
     def backward(self, weight: float) -> tuple[Tensor, Numbers]:
         """See `unlearn.methods.terms.Cost`."""
         shares: Numbers = {}
-        for part in chunks(self.final):
-            for layer, loss in self._losses(part):
-                (weight * loss).backward()
-                add(shares, {f"kl/{layer}": loss.detach()})
+        with summed_apart(self.lens.translators.parameters()):
+            for part in chunks(self.final):
+                for layer, loss in self._losses(part):
+                    (weight * loss).backward()
+                    add(shares, {f"kl/{layer}": loss.detach()})
         return torch.stack(list(shares.values())).sum(), shares
 
     def _losses(self, part: slice) -> Iterator[tuple[int, Tensor]]:
@@ -71,6 +73,20 @@ class EveryLayer:
         for layer, stream in self.streams.items():
             hidden = lens.hidden(stream[part], layer)
             yield layer, divergence(hidden, lens.unembedding, lambda _: reference, weights, softcap=lens.softcap)[0]
+
+
+@contextmanager
+def summed_apart(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Sum the gradients of a block's backward passes before those that were there are added to them: a micro-batch's
+    are then one number each, and their sum the same on one rank that has two and on two that have one."""
+    trained = list(parameters)
+    earlier = [parameter.grad for parameter in trained]
+    for parameter in trained:
+        parameter.grad = None
+    yield
+    for parameter, before in zip(trained, earlier, strict=True):
+        if before is not None:
+            parameter.grad = before if parameter.grad is None else parameter.grad.add_(before)
 
 
 def chunks(tokens: Tensor) -> list[slice]:

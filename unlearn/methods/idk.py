@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from unlearn.batches import Rows
+from unlearn.batches import Rows, sent
 from unlearn.config import OutputRetainFlags
 from unlearn.errors import UserError
 from unlearn.flags import flag
@@ -50,7 +50,7 @@ class Flags(OutputRetainFlags):
 def terms(flags: Flags, parts: Parts) -> list[Term]:
     """The forget term, and the retain term if it has a weight."""
     model, cap = parts.model, softcap(parts.model)
-    refusals = [torch.tensor(parts.tokens(text), dtype=torch.int64) for text in flags.refusals]
+    refusals = [torch.tensor(parts.tokens(text), dtype=torch.int64, device=parts.device) for text in flags.refusals]
 
     def prefer(rows: Rows) -> Cost:
         both, count = pairs(rows, refusals, flags.prompt), rows.input_ids.shape[0]
@@ -81,7 +81,7 @@ def pairs(rows: Rows, refusals: list[Tensor], prompt: int) -> Rows:
     """2 B rows: the windows, of which what follows the prompt counts, and behind the same prompts the refusals."""
     device, (count, width) = rows.input_ids.device, rows.input_ids.shape
     ahead = [min(prompt, size // 2) for size in rows.sizes]
-    chosen = [refusals[key % len(refusals)].to(device) for key in rows.host_keys]
+    chosen = [refusals[key % len(refusals)] for key in rows.host_keys]
     behind = [torch.cat([rows.input_ids[row, :first], chosen[row]]) for row, first in enumerate(ahead)]
     whole = max(width, *map(len, behind))
     ids = torch.zeros(2 * count, whole, dtype=torch.int64, device=device)
@@ -93,4 +93,4 @@ def pairs(rows: Rows, refusals: list[Tensor], prompt: int) -> Rows:
         ids[count + row, : len(behind[row])] = behind[row]
         if size:
             leading.append((count + row) * whole + torch.arange(max(0, first - 1), len(behind[row]) - 1))
-    return replace(rows, input_ids=ids, leading=torch.cat(leading).to(device), keys=rows.keys.repeat(2))
+    return replace(rows, input_ids=ids, leading=sent(torch.cat(leading), device), keys=rows.keys.repeat(2))

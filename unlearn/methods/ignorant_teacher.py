@@ -66,7 +66,8 @@ def terms(flags: Flags, parts: Parts) -> list[Term]:
 def novice_against_expert(flags: Flags, parts: Parts) -> Callable[[Rows], Cost]:
     """ELM's forget loss; the original reads the text alone, and behind either prefix."""
     model, cap = parts.model, softcap(parts.model)
-    prefixes = [torch.tensor(parts.tokens(text), dtype=torch.int64) for text in (flags.novice, flags.expert)]
+    texts = (flags.novice, flags.expert)
+    prefixes = [torch.tensor(parts.tokens(text), dtype=torch.int64, device=parts.device) for text in texts]
     for name, prefix in zip(("novice", "expert"), prefixes, strict=True):
         if len(prefix) == 0:
             raise UserError(f"expected --{name} to be a text of one token or more; found {getattr(flags, name)!r}")
@@ -89,6 +90,6 @@ def novice_against_expert(flags: Flags, parts: Parts) -> Callable[[Rows], Cost]:
 
 def behind(model: PreTrainedModel, prefix: Tensor, rows: Rows) -> Tensor:
     """The final hidden states [N, D] of the real tokens, read behind a prefix int64 [P]."""
-    ahead = prefix.to(rows.input_ids.device).expand(rows.input_ids.shape[0], -1)
+    ahead = prefix.expand(rows.input_ids.shape[0], -1)
     ids = torch.cat([ahead, rows.input_ids], dim=1)  # [B, P + S]
     return final_hidden(model, ids, lambda streams: rows.at_real(streams[:, len(prefix) :]))
