@@ -131,7 +131,10 @@ def result(run: Path) -> dict[str, Any]:
         str(file.relative_to(run)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()
     }
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    found["log"] = [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+    found["log"] = [
+        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second", "tflops_per_rank")}
+        for line in lines
+    ]
     return found
 
 

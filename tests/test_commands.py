@@ -99,6 +99,7 @@ def test_run_folder(trained: Path) -> None:
         "gradient_norm",
         "adamw_lr",
         "tokens_per_second",
+        "tflops_per_rank",
         "seconds",
         "uniform_loss/1",
         "entropy/4",

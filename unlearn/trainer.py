@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from unlearn.distributed import STEP_TIMEOUT, all_sum, all_true, set_timeout, sum_gradients
+from unlearn.distributed import STEP_TIMEOUT, all_sum, all_true, set_timeout, sum_gradients, world_size
 from unlearn.errors import NotFinite
 from unlearn.lora import set_dropout_rows
 from unlearn.methods.terms import Hooks, Loss, Numbers, add
@@ -82,8 +82,9 @@ def train(
             settings = _settings(loss, optimizers, step, steps)  # before hooks change a weight
             why = _after_step(hooks, step + 1, numbers)
             if logged or why:
-                numbers["tokens_per_second"] = numbers.pop("tokens", 0.0) / (time.monotonic() - started)
-                numbers |= {"gradient_norm": norm.item()} | settings | dict(loss.cost(step))
+                cost = loss.cost(step)
+                numbers |= {"gradient_norm": norm.item()} | settings | dict(cost)
+                numbers |= _rates(numbers.pop("tokens", 0.0), cost, time.monotonic() - started)
                 words = {name: word for name, word in (("phase", phase), ("stopped", why)) if word}
                 log.write({"step": offset + step, **words, **numbers}, shown=("forget_loss", "retain_loss", "loss"))
             done = steps if why else step + 1
@@ -128,6 +129,15 @@ def _settings(loss: Loss, optimizers: Mapping[str, Optimizer], step: int, steps:
     pairs = zip(loss.terms, loss.weights(step, steps), strict=True)
     rates = {f"{name}_lr": built.param_groups[0]["lr"] for name, built in optimizers.items()}
     return {f"{term.name}_weight": weight for term, weight in pairs} | rates
+
+
+def _rates(tokens: float, cost: Mapping[str, float], seconds: float) -> dict[str, float]:
+    """Tokens a second over all ranks; and 10^12 operations a second of each, without those that are done again: over
+    the chip's rate that is the MFU."""
+    rates = {"tokens_per_second": tokens / seconds}
+    if "flops" in cost:
+        rates["tflops_per_rank"] = cost["flops"] / seconds / world_size() / 1e12
+    return rates
 
 
 def _update(optimizers: Iterable[Optimizer], device: torch.device) -> None:
