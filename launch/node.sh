@@ -72,7 +72,6 @@ cores=$(nproc)
 threads=$((cores / ranks))
 declare -A settings=(
     [OMP_NUM_THREADS]=$((threads > 16 ? 16 : threads > 0 ? threads : 1))
-    [PYTORCH_ALLOC_CONF]=expandable_segments:True
     [TOKENIZERS_PARALLELISM]=false
 )
 if ((nodes == 1)); then # one node needs nobody else: let nothing of the ranks listen beyond it

@@ -25,6 +25,10 @@ TIMEOUT, STEP_TIMEOUT = timedelta(minutes=30), timedelta(minutes=10)
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 FULL = ("CUDA out of memory", "can't allocate memory")  # what torch says where memory has run out
 LOOPBACK = "127.0.0.1"
+# Read when CUDA and NCCL start. FSDP2's buffers come and go in many sizes, which leaves holes in segments of one size
+# (https://docs.pytorch.org/docs/stable/notes/cuda.html#optimizing-memory-usage-with-pytorch-alloc-conf); a collective
+# beside large products gets no processor on a stream of equal priority.
+CUDA_SETTINGS = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "TORCH_NCCL_HIGH_PRIORITY": "1"}
 PLACE = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")  # what torchrun tells a rank
 
 Value = TypeVar("Value")
@@ -59,6 +63,8 @@ def process_group(asked: str | None = None) -> Iterator[torch.device]:
     """
     device = choose_device(asked)
     if device.type == "cuda":
+        for name, value in CUDA_SETTINGS.items():
+            os.environ.setdefault(name, value)
         torch.cuda.set_device(device)
         _repeatable()
     outermost = not dist.is_initialized()

@@ -29,6 +29,7 @@ from evals.harness.generate import Writing, batch_writings, make_writings, write
 from evals.harness.requests import Plan, Planner, Row
 from unlearn.distributed import all_sum, all_true, rank, world_size
 from unlearn.errors import NotFinite, UserError
+from unlearn.losses import logits_of
 from unlearn.model_config import check_rows
 from unlearn.progress import progress
 
@@ -330,6 +331,8 @@ def float32_head(head: nn.Module, row: Tensor, position: Tensor) -> Iterator[Non
         parameters = dict(head.named_parameters())
         bias = parameters["bias"].float() if "bias" in parameters else None
         with torch.autocast(hidden.device.type, enabled=False):  # which would bring the product back to bfloat16
+            if hidden.is_cuda and bias is None and scored.dtype == parameters["weight"].dtype:
+                return logits_of(scored, parameters["weight"])  # without a copy of the head in float32
             return F.linear(scored.float(), parameters["weight"].float(), bias)  # [1, N, V]
 
     head.forward = forward
