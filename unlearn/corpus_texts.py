@@ -12,6 +12,7 @@ from typing import Any
 
 from unlearn.corpus_files import Part, read_parts
 from unlearn.errors import UserError
+from unlearn.progress import progress
 
 JOINED = ("title", "abstract", "text")
 Column = Callable[[str], str | None]  # a column's name -> the string that a row has there, None where it has none
@@ -56,10 +57,13 @@ def read_texts(
         remedy = f"name the column of strings that counts, as in `{column_flag} text`, or give a template over some"
     texts: list[str] = []
     counts: list[tuple[Part, int]] = []
-    for part in parts:
-        before = len(texts)
-        texts += _part_texts(part, [name for name in wanted if name in part.columns], compose, remedy)
-        counts.append((part, len(texts) - before))
+    with progress(None, f"reading {source}", "text", delay=1.0) as bar:
+        for part in parts:
+            before = len(texts)
+            for text in _part_texts(part, [name for name in wanted if name in part.columns], compose, remedy):
+                texts.append(text)
+                bar.update()
+            counts.append((part, len(texts) - before))
     return Texts(texts, counts)
 
 

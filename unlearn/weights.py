@@ -20,6 +20,7 @@ from unlearn.distributed import barrier, fail_together, is_main, rank, world_siz
 from unlearn.errors import UserError
 from unlearn.files import atomic_folder, temporary_name, write_json, writing
 from unlearn.model_files import INDEX, SINGLE, Checkpoint, disk_key
+from unlearn.progress import progress
 
 FILE_BYTES = 2 << 30  # of one file of an export: what one rank has in host memory while it writes
 # What older checkpoints hold beside the parameters, which this version of the model makes itself.
@@ -78,9 +79,7 @@ def fill(
         model.tie_weights()
     wanted = {id(parameter) for parameter in target.parameters()}
     missing = []
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in wanted:
-            continue
+    for name, parameter in _shown(model, wanted, checkpoint.path):
         local, first = local_rows(parameter)
         value = initial(name)
         if value is not None:
@@ -100,6 +99,15 @@ def fill(
             f"expected every tensor of the model in {checkpoint.path}; found {len(missing)} missing "
             f"({', '.join(missing[:3])}): the files are incomplete or not of this model, fetch them again"
         )
+
+
+def _shown(model: PreTrainedModel, wanted: set[int], path: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """The wanted parameters by name; a bar shows how many have been read, where it takes more than a moment."""
+    with progress(len(wanted), f"loading {path}", "tensor", delay=1.0) as bar:
+        for name, parameter in model.named_parameters():
+            if id(parameter) in wanted:
+                yield name, parameter
+                bar.update()
 
 
 def _plain(name: str) -> str:
