@@ -35,7 +35,7 @@ def sharded(path: str, kind: Any = "full", size: int | None = None, rank: int = 
     model = empty_model(path)
     if rank:
         add_lora(model, rank, alpha=4.0, seed=3)
-    checkpoint_blocks(model)
+    checkpoint_blocks(model, "full")
     mesh = shard_mesh(kind, size, CPU)
     assert mesh is not None
     shard(model, mesh, compute=torch.float32)
