@@ -66,6 +66,14 @@ def test_recomputes_as_little_as_fits(folder: str) -> None:
     assert given.checkpoint_activations == "full" and lines == []
 
 
+def test_nothing_is_chosen_by_a_plan_that_was_not_simulated(tmp_path: Path) -> None:
+    """A Llama's blocks keep more than the formula says: chosen by it, a run would end for lack of memory."""
+    llama = {name: value for name, value in NEOX.items() if name != "rotary_pct"} | {"model_type": "llama"}
+    (tmp_path / "config.json").write_text(json.dumps(llama))
+    chosen, lines = choose(configure(model=str(tmp_path), layers=(2, 4)), 4, 4, 1e9)
+    assert chosen.checkpoint_activations == "full" and "a block of llama" in lines[0]
+
+
 def test_hybrid_across_nodes_where_a_copy_fits(folder: str) -> None:
     flags: dict[str, Any] = {"model": folder, "layers": (2, 4), "checkpoint_activations": "full"}
     chosen, lines = choose(configure(**flags), 8, 4, 1e9)

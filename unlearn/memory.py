@@ -31,7 +31,8 @@ GIB = 2**30
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
 HEADROOM = 6.0  # GiB of a GPU that the context, NCCL's buffers and fragmentation take: 94.9 of a GH200, plan for 88
 # Numbers of size T D that one block keeps for its backward pass, and that exist while it is recomputed and
-# differentiated: in full training, with LoRA. Simulated for GPT-NeoX.
+# differentiated. Simulated for GPT-NeoX: other blocks keep more (a Llama's 1.2 times what "none" plans for the whole
+# run, Gemma 2's, whose attention is not fused, twice).
 KEPT = {"full": 1, "selective": 11, "none": 18}
 RECOMPUTED = {"full": 30, "selective": 20, "none": 8}
 
@@ -41,6 +42,7 @@ class Shape:
     """The sizes of a model that memory depends on.
 
     Attributes:
+        architecture: its `model_type`.
         parameters: of the whole model. matrices: of the matrices inside the blocks, Muon's share.
         block: parameters of the largest block. head: of the unembedding, V D. tied: whether it is the embedding too.
         targets: (outputs, inputs) of every linear layer inside the blocks that LoRA would adapt. orthogonalised: of
@@ -49,6 +51,7 @@ class Shape:
         lowest: the lowest block in which anything trains; -1: the embedding does.
     """
 
+    architecture: str
     parameters: int
     matrices: int
     block: int
@@ -83,6 +86,7 @@ class Shape:
         in_blocks = [list(block.parameters()) for block in blocks(model)]
         trained = {id(parameter) for parameter in chosen.values()}
         return cls(
+            architecture=str(config.model_type),
             parameters=_size(named.values()),
             matrices=_size(inside.values()),
             block=max(map(_size, in_blocks)),
