@@ -8,9 +8,7 @@ that it is on a GPU. The share is of 989 TFLOP/s, without operations that are do
 """
 
 import argparse
-import gc
 import json
-import os
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -30,7 +28,7 @@ from unlearn.building import method_parts, method_terms, original_model, precisi
 from unlearn.config import configure
 from unlearn.methods.terms import Loss
 from unlearn.sharding import shard_mesh
-from unlearn.simulate import CPU, _as_the_kernel_does, fake_ranks, in_a_process
+from unlearn.simulate import CPU, as_the_kernel_does, fake_ranks, in_a_process
 from unlearn.trainer import gradients
 from unlearn.weights import materialise
 
@@ -41,8 +39,8 @@ FREE = frozenset(
     "lift_fresh is_pinned diagonal chunk narrow set_ resize_ unflatten movedim record_stream is_same_size".split()
 )
 KINDS = ("full", "selective", "none")
-ROWS = {f"{name}, {kind}": flags | {"checkpoint_activations": kind} for name, flags in
-        (("LoRA r16", LORA), ("full", FULL)) for kind in KINDS}  # fmt: skip
+MODES = {"LoRA r16": LORA, "full": FULL}
+ROWS = {f"{name}, {kind}": MODES[name] | {"checkpoint_activations": kind} for name in MODES for kind in KINDS}
 
 
 class Kernels(TorchDispatchMode):
@@ -79,7 +77,7 @@ def _as_a_gpu_multiplies(inputs: Tensor, matrix: Tensor, out: Tensor) -> None:
 
 def count(flags: dict[str, Any], folder: str) -> dict[str, float]:
     """Of one micro-batch of each term, in this process."""
-    unlearn.lora.dropped, unlearn.losses._multiply = _as_the_kernel_does, _as_a_gpu_multiplies
+    unlearn.lora.dropped, unlearn.losses._multiply = as_the_kernel_does, _as_a_gpu_multiplies
     config = configure(model=folder, layers=(5, 10, 15, 20, 25, 30), retain_start=1.0, **flags)
     with fake_ranks(RANKS) as fake:
         mesh = shard_mesh(config.shard_kind(RANKS), None, CPU)
@@ -109,10 +107,9 @@ def main() -> None:
         lines = {}
         for name, flags in ROWS.items():
             if any(part in name for part in arguments.only):
-                lines[name] = _elsewhere(flags, folder)
+                lines[name] = in_a_process(partial(count, flags, folder))
                 key = name.rpartition(",")[0]
                 least[key] = min(least.get(key, float("inf")), lines[name]["tflop"])
-                gc.collect()
         for name, found in lines.items():
             together = found["products"] + found["others"]
             share = least[name.rpartition(",")[0]] / together * 1e3 / PEAK_TFLOPS
@@ -120,18 +117,6 @@ def main() -> None:
                 f"{name:24}{found['kernels']:9,.0f}{found['tflop']:8.0f}{found['products']:13,.0f}"
                 f"{found['others']:11,.0f}{together:10,.0f}{share:7.1%}"
             )
-
-
-def _elsewhere(flags: dict[str, Any], folder: str) -> dict[str, float]:
-    """`count` in a forked process, whose process group nobody tears down."""
-    reading, writing = os.pipe()
-
-    def child() -> int:
-        os.write(writing, json.dumps(count(flags, folder)).encode())
-        return 0
-
-    in_a_process(child)
-    return dict(json.loads(os.read(reading, 1 << 16)))
 
 
 if __name__ == "__main__":

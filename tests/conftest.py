@@ -28,6 +28,16 @@ from unlearn.run.checkpoint import Checkpoints  # noqa: E402
 VOCABULARY = 301  # prime: divisible by nothing
 DEPTH, WIDTH = 4, 32
 WORDS = "amber basalt cobalt dolomite ember flint garnet halite iron jasper kaolin lapis".split()
+NEOX = {
+    "model_type": "gpt_neox",
+    "hidden_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "intermediate_size": 2048,
+    "vocab_size": 8009,
+    "rotary_pct": 0.25,
+    "tie_word_embeddings": False,
+}
 
 
 def tiny_model(kind: str = "gpt_neox", seed: int = 0, depth: int = DEPTH, **overrides: object) -> PreTrainedModel:
@@ -55,6 +65,14 @@ def tiny_model(kind: str = "gpt_neox", seed: int = 0, depth: int = DEPTH, **over
         sizes |= {"n_inner": sizes.pop("intermediate_size")}
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**(sizes | overrides))).eval()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model's folder that holds nothing but config.json."""
+    path = tmp_path_factory.mktemp("neox")
+    (path / "config.json").write_text(json.dumps(NEOX))
+    return str(path)
 
 
 def hide_gpus(patch: pytest.MonkeyPatch) -> None:

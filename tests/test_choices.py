@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import NEOX, tiny_model
 from test_methods import config, gradients_of
 from torch._dynamo.utils import counters
 
@@ -23,22 +23,6 @@ from unlearn.sharding import checkpoint_blocks, compile_blocks
 pytestmark = pytest.mark.usefixtures("token_cache")
 CPU = torch.device("cpu")
 LORA = {"lora_rank": 3, "lora_dropout": 0.2}
-NEOX = {
-    "model_type": "gpt_neox",
-    "hidden_size": 256,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "intermediate_size": 1024,
-    "vocab_size": 1009,
-    "tie_word_embeddings": False,
-}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("neox")
-    (path / "config.json").write_text(json.dumps(NEOX))
-    return str(path)
 
 
 def choose(flags: TrainConfig, ranks: int, per_node: int, limit: float) -> tuple[TrainConfig, list[str]]:
@@ -68,7 +52,7 @@ def test_recomputes_as_little_as_fits(folder: str) -> None:
 
 def test_nothing_is_chosen_by_a_plan_that_was_not_simulated(tmp_path: Path) -> None:
     """A Llama's blocks keep more than the formula says: chosen by it, a run would end for lack of memory."""
-    llama = {name: value for name, value in NEOX.items() if name != "rotary_pct"} | {"model_type": "llama"}
+    llama = NEOX | {"model_type": "llama"}
     (tmp_path / "config.json").write_text(json.dumps(llama))
     chosen, lines = choose(configure(model=str(tmp_path), layers=(2, 4)), 4, 4, 1e9)
     assert chosen.checkpoint_activations == "full" and "a block of llama" in lines[0]

@@ -58,6 +58,10 @@ def test_run_json_has_the_sum_of_the_log(
     attempt("--method", "rmu", "--layers", "2", *words, "--output", tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     cost = json.loads((tmp_path / "run/run.json").read_text())["cost"]
+    run = assembled(home, "rmu", layers=(2,))
+    for line in lines:  # both are something over the step's seconds, of one rank
+        read = tokens(run, "forget", line["step"]) + tokens(run, "retain", line["step"])
+        assert line["tflops_per_rank"] * 1e12 / line["flops"] == pytest.approx(line["tokens_per_second"] / read)
     assert len(lines) == 5
     for name in ("tokens_forward", "tokens_backward", "flops"):
         assert cost[name] == pytest.approx(sum(line[name] for line in lines)) and cost[name] > 0, name

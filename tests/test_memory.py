@@ -24,25 +24,6 @@ from unlearn.simulate import simulated_peak
 from unlearn.trainer import gradients
 from unlearn.weights import materialise
 
-NEOX = {
-    "model_type": "gpt_neox",
-    "hidden_size": 512,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "intermediate_size": 2048,
-    "vocab_size": 8009,
-    "rotary_pct": 0.25,
-    "tie_word_embeddings": False,
-}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model's folder that holds nothing but config.json."""
-    path = tmp_path_factory.mktemp("neox")
-    (path / "config.json").write_text(json.dumps(NEOX))
-    return str(path)
-
 
 def configured(folder: str, **flags: Any) -> TrainConfig:
     settings = {"layers": (2, 4, 6, 8), "seq_len": 256, "micro_batch": 4, "retain_start": 0.5} | flags

@@ -220,8 +220,8 @@ class TrainConfig(BudgetFlags, FilterFlags, LatentFlags, AdversaryFlags, CorpusF
     offload_reference: bool = flag(False, only=(COPIED, SHARDED, HAS_RETAIN, RETAINS))
     """Keep the sharded original model of full training in host memory, and copy it to the GPU as it is needed."""
     checkpoint_activations: Literal["full", "selective", "none"] | None = None
-    """What the backward pass computes again, with the same result. full: all of a block but its input; selective: all
-    but products and attention; none: nothing. Default: GPT-NeoX the fastest that fits into memory, others full."""
+    """What backward computes again, with the same result. full: all of a block but its input; selective: all but
+    products and attention; none: nothing. Default: for GPT-NeoX the fastest that fits into memory, for others full."""
     compile_blocks: bool = False
     """Compile each block: faster steps, after minutes of compilation for every new length of window."""
 

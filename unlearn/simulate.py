@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -122,6 +122,7 @@ def fake_ranks(world_size: int) -> Iterator[FakeTensorMode]:
         dist.destroy_process_group()
 
 
+Found = TypeVar("Found")  # what can be pickled
 Method = Callable[[TrainConfig, Parts], list[Term]]
 
 
@@ -138,7 +139,7 @@ def simulated_peak(config: TrainConfig, layout: Layout, method: Method = method_
     return in_a_process(lambda: _simulate(config, layout, method))
 
 
-def in_a_process(simulate: Callable[[], int]) -> int:
+def in_a_process(simulate: Callable[[], Found]) -> Found:
     """What `simulate` returns in a forked process; see `simulated_peak`."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -152,7 +153,8 @@ def in_a_process(simulate: Callable[[], int]) -> int:
     process.start()
     sender.close()
     try:
-        return int(receiver.recv())
+        found: Found = receiver.recv()
+        return found
     except EOFError as error:
         raise RuntimeError("the simulation ended early; what it printed says why") from error
     finally:
@@ -161,7 +163,7 @@ def in_a_process(simulate: Callable[[], int]) -> int:
 
 def _simulate(config: TrainConfig, layout: Layout, method: Method) -> int:
     """`simulated_peak` in this process."""
-    lora.dropped = _as_the_kernel_does  # in a process of its own
+    lora.dropped = as_the_kernel_does  # in a process of its own
     with fake_ranks(layout.world_size) as fake:
         size = layout.shard if config.shard == "hybrid" else None
         mesh = shard_mesh(config.shard_kind(layout.world_size), size, CPU)  # before the mode: it holds real ranks
@@ -187,7 +189,7 @@ def _simulate(config: TrainConfig, layout: Layout, method: Method) -> int:
             return counter.peak
 
 
-def _as_the_kernel_does(x: Tensor, keys: Tensor, dropout: float) -> Tensor:
+def as_the_kernel_does(x: Tensor, keys: Tensor, dropout: float) -> Tensor:
     """The memory of `dropped` on a GPU, which stores no mask."""
     return x.clone()
 

@@ -82,9 +82,8 @@ def train(
             settings = _settings(loss, optimizers, step, steps)  # before hooks change a weight
             why = _after_step(hooks, step + 1, numbers)
             if logged or why:
-                cost = loss.cost(step)
-                numbers |= {"gradient_norm": norm.item()} | settings | dict(cost)
-                numbers |= _rates(numbers.pop("tokens", 0.0), cost, time.monotonic() - started)
+                numbers |= {"gradient_norm": norm.item()} | settings | dict(loss.cost(step))
+                numbers |= _rates(numbers, time.monotonic() - started)
                 words = {name: word for name, word in (("phase", phase), ("stopped", why)) if word}
                 log.write({"step": offset + step, **words, **numbers}, shown=("forget_loss", "retain_loss", "loss"))
             done = steps if why else step + 1
@@ -131,12 +130,12 @@ def _settings(loss: Loss, optimizers: Mapping[str, Optimizer], step: int, steps:
     return {f"{term.name}_weight": weight for term, weight in pairs} | rates
 
 
-def _rates(tokens: float, cost: Mapping[str, float], seconds: float) -> dict[str, float]:
-    """Tokens a second over all ranks; and 10^12 operations a second of each, without those that are done again: over
-    the chip's rate that is the MFU."""
-    rates = {"tokens_per_second": tokens / seconds}
-    if "flops" in cost:
-        rates["tflops_per_rank"] = cost["flops"] / seconds / world_size() / 1e12
+def _rates(numbers: dict[str, float], seconds: float) -> dict[str, float]:
+    """Tokens a second over all ranks, in place of their number; and 10^12 operations a second of each rank, without
+    those that are done again: over the chip's rate that is the MFU."""
+    rates = {"tokens_per_second": numbers.pop("tokens", 0.0) / seconds}
+    if "flops" in numbers:
+        rates["tflops_per_rank"] = numbers["flops"] / seconds / world_size() / 1e12
     return rates
 
 
