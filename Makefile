@@ -59,7 +59,7 @@ compare: $(READY)
 		--dev-data-dir $(COMPARE)/development --control never-seen=$(COMPARE)/never-seen \
 		--tune adam-lr=1e-3,3e-3 --damage 0.05 --damage-kl 0.5 --way-flags='--paraphrases $(COMPARE)/development' \
 		--lens-flags='--steps 60 --lr 3e-3 --batch 32 --micro-batch 32 --seq-len 96' \
-		--attack-flags='--batch 16 --micro-batch 16 --seq-len 96 --dtype fp32 --no-checkpoint-activations' \
+		--attack-flags='--batch 16 --micro-batch 16 --seq-len 96 --dtype fp32 --checkpoint-activations none' \
 		$(if $(filter lens,$(METHODS)),--method-flags='lens=--lens runs/compare-lens --layers 3 4 --retain-loss kl') \
 		$(if $(filter rmu,$(METHODS)),--method-flags='rmu=--layers 2') \
 		$(if $(filter circuit-breakers,$(METHODS)),--method-flags='circuit-breakers=--layers 2 3') \
@@ -68,7 +68,7 @@ compare: $(READY)
 		$(if $(filter distill,$(METHODS)),--method-flags='distill=--no-on-forget') \
 		--method-flags='oracle=--adam-lr 1e-3' \
 		-- --model $(COMPARE)/model --forget $(COMPARE)/corpora/forget.jsonl --retain $(COMPARE)/corpora/retain.jsonl \
-		--examples 1700 --epochs 2 --batch 16 --micro-batch 16 --seq-len 96 --dtype fp32 --no-checkpoint-activations
+		--examples 1700 --epochs 2 --batch 16 --micro-batch 16 --seq-len 96 --dtype fp32 --checkpoint-activations none
 
 # A file of tests a process, in two processes of one thread each.
 test: $(READY)
