@@ -8,8 +8,8 @@ Another way:   torchrun --nproc_per_node 4 train.py --method rmu
 All flags:     python train.py --help, python train.py --method rmu --help
 """
 
-from evals.train import main
 from unlearn.errors import run_command
+from unlearn.evals.train import main
 
 if __name__ == "__main__":
     run_command("train.py", main)

@@ -31,10 +31,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from evals.evaluation import Evaluation
-from evals.harness.lm import LiveModel
-from evals.harness.task_loader import compiled_templates, load_tasks
-from evals.harness.task_search import LM_EVAL_TASKS
+from unlearn.evals.evaluation import Evaluation
+from unlearn.evals.harness.lm import LiveModel
+from unlearn.evals.harness.task_loader import compiled_templates, load_tasks
+from unlearn.evals.harness.task_search import LM_EVAL_TASKS
 from unlearn.model import load_tokenizer
 from unlearn.world.build import WEIGHTS, write_world
 

@@ -104,10 +104,10 @@ def prepare(place: Path) -> None:
     from conftest import tiny_tokenizer, write_home
     from evals_support import question, write_wmdp
 
-    import evals.evaluation  # noqa: F401
-    import evals.judge.summary  # noqa: F401
     import train  # noqa: F401
     import unlearn.assemble  # noqa: F401
+    import unlearn.evals.evaluation  # noqa: F401
+    import unlearn.evals.judge.summary  # noqa: F401
     import unlearn.run.run  # noqa: F401
 
     if not (place / "model").is_dir():

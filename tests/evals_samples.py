@@ -5,8 +5,8 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from evals.judge.answers import Answers, Key, Letters, collect
-from evals.judge.summary import summarise
+from unlearn.evals.judge.answers import Answers, Key, Letters, collect
+from unlearn.evals.judge.summary import summarise
 
 ABCD = Letters(("A", "B", "C", "D"))
 HASHED = ("doc", "prompt", "target")

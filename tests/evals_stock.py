@@ -8,7 +8,7 @@ import datasets
 import pyarrow.parquet
 from lm_eval.api.task import ConfigurableTask
 
-from evals.harness.task_loader import FEWSHOT_SEED, _manager
+from unlearn.evals.harness.task_loader import FEWSHOT_SEED, _manager
 
 
 def stock_tasks(

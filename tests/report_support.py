@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from launch.report import write_report
-from launch.report.config import ReportConfig
+from unlearn.launch.report import write_report
+from unlearn.launch.report.config import ReportConfig
 
 VOID = {"meta", "wbr", "br", "hr", "img", "input", "link"}
 

@@ -11,12 +11,12 @@ from conftest import WORDS, tiny_tokenizer, write_corpus
 from test_commands import flags
 from test_evals_envelope import FLOOR, curve
 
-from evals.attack.config import TamperConfig
-from evals.attack.results import Curves, results, table
-from evals.attack.seen import seen_warnings
-from evals.judge.envelope import destroyed, recovery
 from unlearn.config import config_of
 from unlearn.corpus import Corpus, read_corpus
+from unlearn.evals.attack.config import TamperConfig
+from unlearn.evals.attack.results import Curves, results, table
+from unlearn.evals.attack.seen import seen_warnings
+from unlearn.evals.judge.envelope import destroyed, recovery
 
 pytestmark = pytest.mark.usefixtures("token_cache")
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from conftest import tiny_tokenizer, write_corpus
 
-from evals.attack.config import METHOD, TamperConfig, read_attacks
-from evals.fetch_config import FetchConfig
 from unlearn.assemble import Corpora, mixed
 from unlearn.batches import Batches
 from unlearn.config import TrainConfig, config_of, configure
 from unlearn.corpus import Corpus
 from unlearn.errors import UserError
+from unlearn.evals.attack.config import METHOD, TamperConfig, read_attacks
+from unlearn.evals.fetch_config import FetchConfig
 
 BASE = {"model": "m", "output": "o", "forget": "c"}
 GRID = {"grid": ("data=forget,mix",), "retain": "b"}

@@ -13,10 +13,10 @@ from evals_support import question, write_wmdp
 from test_commands import flags
 
 import train
-from evals import tamper
 from unlearn.__main__ import main as unlearn_main
 from unlearn.config import configure
 from unlearn.errors import UserError
+from unlearn.evals import tamper
 from unlearn.files import files_hash
 from unlearn.run.checkpoint import Checkpoints, load, tensors
 from unlearn.run.log import MetricsLog
@@ -32,7 +32,7 @@ def half_done(home: Path, tmp_path: Path, attempt: Callable[..., str], monkeypat
     corpus = shutil.copy(home / "forget.jsonl", tmp_path / "forget.jsonl")
     words = flags(home, tmp_path / "run", forget=corpus, **{"save-every": 1, "keep": 2})
     with monkeypatch.context() as patch:
-        patch.setattr("evals.training.finish", _killed)
+        patch.setattr("unlearn.evals.training.finish", _killed)
         with pytest.raises(KeyboardInterrupt):
             sys.argv[:] = ["train.py", *map(str, words)]
             train.main()

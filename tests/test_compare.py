@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evals.attack.config import read_attacks
-from launch.compare import _together
-from launch.compare_config import Comparison, read_comparison, without_unread_text
-from launch.compare_read import NO_ATTACK, Point, Row, Seed
-from launch.compare_results import Rules, destroys, durations, recovery_bounds, results, worst
-from launch.compare_runs import carry_out, choose, disk_needed, judge_trial
-from launch.compare_table import table, verdict
-from launch.trials import CommandFailed, run
 from unlearn.config import METHODS, parse_method_flags
 from unlearn.errors import UserError
+from unlearn.evals.attack.config import read_attacks
 from unlearn.grid import read_grid, typed
+from unlearn.launch.compare import _together
+from unlearn.launch.compare_config import Comparison, read_comparison, without_unread_text
+from unlearn.launch.compare_read import NO_ATTACK, Point, Row, Seed
+from unlearn.launch.compare_results import Rules, destroys, durations, recovery_bounds, results, worst
+from unlearn.launch.compare_runs import carry_out, choose, disk_needed, judge_trial
+from unlearn.launch.compare_table import table, verdict
+from unlearn.launch.trials import CommandFailed, run
 from unlearn.methods import method_module, tuning_of
 
 ROOT = Path(__file__).parent.parent
@@ -261,7 +261,7 @@ def test_a_failure_is_kept_and_not_tried_again(tmp_path: Path, monkeypatch: pyte
         calls.append(call)
         raise CommandFailed("found NaN at step 3")
 
-    monkeypatch.setattr("launch.compare_runs.execute", fail)
+    monkeypatch.setattr("unlearn.launch.compare_runs.execute", fail)
     found, log = comparison(tmp_path), tmp_path / "methods/x.log"
     for _ in range(2):
         with pytest.raises(CommandFailed, match="found NaN at step 3"):
@@ -308,7 +308,7 @@ def test_a_mistake_in_one_method_stops_what_is_at_work_beside_it(tmp_path: Path)
 
 
 def test_help_answers_without_torch() -> None:
-    code = "import sys; sys.argv = ['compare.py', '--help']\nimport launch.compare as c\ntry: c.main()\n"
+    code = "import sys; sys.argv = ['compare.py', '--help']\nimport unlearn.launch.compare as c\ntry: c.main()\n"
     code += "except SystemExit: pass\nassert 'torch' not in sys.modules"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0 and "--attack-text" in result.stdout, result.stderr

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 
-import launch.demo
-import launch.demo_sweep
-from evals.attack.config import read_attacks
-from evals.judge.targets import parse_target
-from launch.demo import PROMPTS, TARGETS, TASKS, report, table
-from launch.sweep_config import read_sweep
 from unlearn.errors import UserError
+from unlearn.evals.attack.config import read_attacks
+from unlearn.evals.judge.targets import parse_target
+from unlearn.launch import demo, demo_sweep
+from unlearn.launch.demo import PROMPTS, TARGETS, TASKS, report, table
+from unlearn.launch.sweep_config import read_sweep
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,8 +50,8 @@ def test_demo_never_replaces_something_else(tmp_path: Path) -> None:
 def test_without_matplotlib_the_report_is_left_out_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(launch.demo, "missing_packages", lambda: ["matplotlib"])
-    monkeypatch.setattr(launch.demo, "run", lambda *_command: pytest.fail("nothing is to be run"))
+    monkeypatch.setattr(demo, "missing_packages", lambda: ["matplotlib"])
+    monkeypatch.setattr(demo, "run", lambda *_command: pytest.fail("nothing is to be run"))
     report("runs/demo/unlearned")
     (line,) = capsys.readouterr().out.strip().splitlines()
     assert line == "no report: matplotlib is not installed (pip install 'unlearn[report]')"
@@ -64,13 +63,13 @@ def test_demo_sweep_runs_commands_that_their_parsers_take(
 ) -> None:
     """World, lens, sweep, attack of the best model if there is one, report; what is there of it goes on."""
     commands: list[list[str]] = []
-    for module in (launch.demo, launch.demo_sweep):
+    for module in (demo, demo_sweep):
         monkeypatch.setattr(module, "run", lambda _ranks, command: commands.append(shlex.split(command)))
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep/best.json").write_text(json.dumps({"model": best, "best": {"number": 3}}))
     (tmp_path / "sweep/table.md").write_text("# Sweep\n\n## Commands")
     monkeypatch.setattr(sys, "argv", ["demo_sweep.py", "--output", str(tmp_path), "--ranks", "2"])
-    launch.demo_sweep.main()
+    demo_sweep.main()
     world, lens, sweep, *attack, page = commands
     assert world[:3] == ["-m", "unlearn", "world"] and lens[:3] == ["-m", "unlearn", "fit-lens"]
     space = read_sweep(sweep[1:]).space
@@ -82,13 +81,13 @@ def test_demo_sweep_runs_commands_that_their_parsers_take(
         assert (config.model, config.output) == (best, str(tmp_path / "attack-003"))
     (tmp_path / "world").mkdir()
     commands.clear()
-    launch.demo_sweep.main()
+    demo_sweep.main()
     assert commands[0][2] == "fit-lens"
 
 
 def test_demo_sweep_refuses_no_ranks() -> None:
     with pytest.raises(UserError, match="--ranks of 1 or more"):
-        launch.demo_sweep.DemoSweepConfig(ranks=0)
+        demo_sweep.DemoSweepConfig(ranks=0)
 
 
 def run_demo(folder: Path, *flags: str) -> dict[str, Any]:

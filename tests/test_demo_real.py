@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-import launch.demo_real
-from evals.attack.config import read_attacks
-from evals.eval_config import EvalConfig
-from launch.demo_real import METHODS, PROSE, TASKS, DemoRealConfig, claim, table, unlearn
 from unlearn.config import config_of, named_method, parse_flags
 from unlearn.errors import UserError
+from unlearn.evals.attack.config import read_attacks
+from unlearn.evals.eval_config import EvalConfig
 from unlearn.fit_config import FitLensConfig
+from unlearn.launch import demo_real
+from unlearn.launch.demo_real import METHODS, PROSE, TASKS, DemoRealConfig, claim, table, unlearn
 
-TASKS_FOLDER = Path(__file__).parent.parent / "evals/tasks/real"
+TASKS_FOLDER = Path(__file__).parent.parent / "unlearn/evals/tasks/real"
 
 
 def test_wrong_methods_are_refused() -> None:
@@ -45,7 +45,7 @@ def test_tasks_are_there() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_programs_take_the_commands(method: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     commands: list[list[str]] = []
-    monkeypatch.setattr(launch.demo_real, "run", lambda _, command: commands.append(shlex.split(command)))
+    monkeypatch.setattr(demo_real, "run", lambda _, command: commands.append(shlex.split(command)))
     unlearn(DemoRealConfig(output=str(tmp_path)), tmp_path, method)
     *fit, train, evaluate, attack = commands
     assert [words[0] for words in (train, evaluate, attack)] == ["train.py", "evals/run.py", "evals/tamper.py"]

@@ -8,12 +8,12 @@ import pytest
 import torch
 from test_commands import flags
 
-from evals.attack.config import TamperConfig
-from evals.eval_config import EvalConfig
 from unlearn import device
 from unlearn.config import TrainConfig
 from unlearn.device import choose_device, gpus_here
 from unlearn.errors import UserError
+from unlearn.evals.attack.config import TamperConfig
+from unlearn.evals.eval_config import EvalConfig
 from unlearn.fit_config import FitLensConfig
 
 VERSION = "NVRM version: NVIDIA UNIX Open Kernel Module for aarch64  {}  Release Build\nGCC version:  gcc 11.4.0\n"

@@ -13,12 +13,12 @@ import pyarrow.parquet
 import pytest
 from evals_support import OracleModel, make_tokenizer, question, write_wmdp
 
-from evals.evaluation import Evaluation
-from evals.harness.local_data import LocalData
-from evals.harness.question_files import read_questions
-from evals.harness.question_task import QuestionTask
-from evals.harness.task_loader import load_tasks
 from unlearn.errors import UserError
+from unlearn.evals.evaluation import Evaluation
+from unlearn.evals.harness.local_data import LocalData
+from unlearn.evals.harness.question_files import read_questions
+from unlearn.evals.harness.question_task import QuestionTask
+from unlearn.evals.harness.task_loader import load_tasks
 
 ROWS = [question(i, i % 4, i % 4 if i < 5 else 0) for i in range(7)]
 LETTERS_YAML = """

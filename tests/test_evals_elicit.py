@@ -13,14 +13,14 @@ from evals_support import question, write_wmdp
 from pyarrow.parquet import read_table
 from transformers import PreTrainedModel
 
-from evals.attack.early import read_early
-from evals.attack.probe import probe, shuffled_targets
-from evals.attack.ways import pruned, rounded, taken, ways
-from evals.attack.wordings import WORDINGS
-from evals.elicit import in_words, main, table
-from evals.evaluation import Evaluation
-from evals.judge.stats import holm
 from unlearn.errors import UserError
+from unlearn.evals.attack.early import read_early
+from unlearn.evals.attack.probe import probe, shuffled_targets
+from unlearn.evals.attack.ways import pruned, rounded, taken, ways
+from unlearn.evals.attack.wordings import WORDINGS
+from unlearn.evals.elicit import in_words, main, table
+from unlearn.evals.evaluation import Evaluation
+from unlearn.evals.judge.stats import holm
 from unlearn.fit_config import FitLensConfig
 from unlearn.fit_lens import fit_lens
 from unlearn.model import load_tokenizer, residual_streams

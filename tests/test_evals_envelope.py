@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from evals.judge.envelope import Gap, Point, envelope, peak, recovery
+from unlearn.evals.judge.envelope import Gap, Point, envelope, peak, recovery
 
 FLOOR = {"mmlu": 0.5}
 

@@ -8,8 +8,8 @@ from evals_stock import stock_tasks
 from evals_support import make_model, make_tokenizer, write_questions
 from lm_eval.evaluator import evaluate
 
-from evals.evaluation import BATCH_TOKENS, Evaluation
-from evals.harness.lm import LiveModel
+from unlearn.evals.evaluation import BATCH_TOKENS, Evaluation
+from unlearn.evals.harness.lm import LiveModel
 
 WORDS = "fox dog lazy planet red over again quick brown jumps the Which".split()
 Row = dict[str, Any]
@@ -268,7 +268,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], d
         write_questions(folder / place, rows[task], split)
     tokenizer, model = make_tokenizer(more=("Answer: E E E",)), make_model("neox", positions=2048)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("evals.evaluation.BOOTSTRAP_ITERS", 2)  # only of F1 and the like, which are resampled
+        patch.setattr("unlearn.evals.evaluation.BOOTSTRAP_ITERS", 2)  # only of F1 and the like, which are resampled
         ours = Evaluation(tokenizer, tasks=list(FAMILIES), data_dir=folder).run(model)
     theirs = evaluate(
         LiveModel(model, tokenizer, batch_tokens=BATCH_TOKENS["cpu"]),

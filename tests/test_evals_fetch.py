@@ -1,4 +1,4 @@
-"""`python -m evals.fetch`: what is fetched, what is checked; the hub itself is replaced by a folder."""
+"""`python evals/fetch.py`: what is fetched, what is checked; the hub itself is replaced by a folder."""
 
 import shutil
 from collections.abc import Callable
@@ -9,8 +9,8 @@ import huggingface_hub
 import pytest
 from evals_support import question, write_questions, write_stem, write_wmdp
 
-from evals import fetch as command
-from evals.harness.task_loader import load_tasks, question_sources
+from unlearn.evals import fetch as command
+from unlearn.evals.harness.task_loader import load_tasks, question_sources
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ from evals_stock import stock_tasks
 from evals_support import OracleModel, make_model, make_tokenizer, question, write_questions, write_stem, write_wmdp
 from lm_eval.evaluator import evaluate
 
-from evals import run
-from evals.eval_config import EvalConfig
-from evals.evaluation import BATCH_TOKENS, Evaluation
-from evals.harness.lm import LiveModel
-from evals.judge.verdict import judge
 from unlearn.errors import UserError
+from unlearn.evals import run
+from unlearn.evals.eval_config import EvalConfig
+from unlearn.evals.evaluation import BATCH_TOKENS, Evaluation
+from unlearn.evals.harness.lm import LiveModel
+from unlearn.evals.judge.verdict import judge
 from unlearn.model import save_model
 
 TEMPLATE = (
@@ -106,7 +106,7 @@ def test_a_pool_is_a_row_over_all_questions_of_its_tasks(tmp_path: Path) -> None
 
 
 def run_target(text: str) -> Any:
-    from evals.judge.targets import parse_target
+    from unlearn.evals.judge.targets import parse_target
 
     return parse_target(text)
 
@@ -231,7 +231,7 @@ def test_results_are_kept_whatever_becomes_of_their_summary(
     write_wmdp(tmp_path / "data", [question(i, i % 4, None) for i in range(4)])
     (tmp_path / "model").mkdir()
     save_model(make_model("neox"), make_tokenizer(), tmp_path / "model")
-    monkeypatch.setattr("evals.evaluation.summarise", fail)
+    monkeypatch.setattr("unlearn.evals.evaluation.summarise", fail)
     words = [
         "--model",
         tmp_path / "model",

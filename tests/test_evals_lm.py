@@ -1,4 +1,4 @@
-"""`evals.harness.lm` and `evals.harness.requests` against lm-eval's own HFLM, and against the model's plain logits."""
+"""The adapter and its requests against lm-eval's own HFLM, and against the model's plain logits."""
 
 import random
 from types import SimpleNamespace
@@ -13,10 +13,10 @@ from tokenizers import normalizers
 from torch import nn
 from transformers import PreTrainedModel
 
-from evals.harness.encode import encode_pairs
-from evals.harness.lm import LiveModel
-from evals.harness.requests import make_plan
 from unlearn.errors import UserError
+from unlearn.evals.harness.encode import encode_pairs
+from unlearn.evals.harness.lm import LiveModel
+from unlearn.evals.harness.requests import make_plan
 
 CONTEXT = "Which planet is red?\nA. fox\nB. dog\nAnswer:"
 PAIRS = [

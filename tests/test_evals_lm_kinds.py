@@ -11,11 +11,11 @@ from evals_support import make_model, make_tokenizer, write_questions, write_ste
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from evals.evaluation import Evaluation
-from evals.harness.encode import encode_pairs
-from evals.harness.lm import LiveModel
-from evals.harness.requests import SCORED_POSITIONS, make_plan
 from unlearn.errors import UserError
+from unlearn.evals.evaluation import Evaluation
+from unlearn.evals.harness.encode import encode_pairs
+from unlearn.evals.harness.lm import LiveModel
+from unlearn.evals.harness.requests import SCORED_POSITIONS, make_plan
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog, again and again. " * 5,
@@ -110,7 +110,7 @@ def test_wikitext_perplexity_of_the_whole_task_equals_hflm(tmp_path: Path) -> No
     """lm-eval's own task on retain text, from a local file."""
     from lm_eval.evaluator import evaluate
 
-    from evals.harness.task_loader import load_tasks
+    from unlearn.evals.harness.task_loader import load_tasks
 
     pages = [{"page": " = Fox = \n\n The quick brown fox @-@ jumps over the lazy dog . \n" * n} for n in (1, 4)]
     write_questions(tmp_path / "EleutherAI/wikitext_document_level/wikitext-2-raw-v1", pages)
@@ -201,7 +201,7 @@ def test_whole_tasks_score_exactly_as_with_hflm(tmp_path: Path) -> None:
     """Every accuracy equal, every log-likelihood within 1e-5, on letters, robust letters and full answers."""
     from lm_eval.evaluator import evaluate
 
-    from evals.harness.task_loader import load_tasks
+    from unlearn.evals.harness.task_loader import load_tasks
 
     words = "fox dog lazy planet red over again quick brown".split()
     rows = [

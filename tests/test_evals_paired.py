@@ -1,4 +1,4 @@
-"""Two evaluations of the same questions: `evals.judge.paired`, `python -m evals.compare`, and `--baseline`."""
+"""Two evaluations of the same questions: `unlearn.evals.judge.paired`, `python evals/compare.py`, and `--baseline`."""
 
 import json
 import random
@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from evals_samples import ABCD, answering, gather, sample
 
-from evals import compare as command
-from evals.judge.answers import Letters
-from evals.judge.paired import Record, compare, read_record, table
-from evals.judge.stats import mcnemar
 from unlearn.errors import UserError
+from unlearn.evals import compare as command
+from unlearn.evals.judge.answers import Letters
+from unlearn.evals.judge.paired import Record, compare, read_record, table
+from unlearn.evals.judge.stats import mcnemar
 
 
 def record(right: dict[str, list[int]], groups: dict[str, list[str]] | None = None, source: str = "there") -> Record:

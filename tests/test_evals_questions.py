@@ -16,11 +16,11 @@ from evals_support import (
     write_wmdp,
 )
 
-from evals.evaluation import Evaluation
-from evals.harness.choice_orders import depends_on_order
-from evals.harness.question_task import allocate
-from evals.judge.stats import wilson_interval
 from unlearn.errors import UserError
+from unlearn.evals.evaluation import Evaluation
+from unlearn.evals.harness.choice_orders import depends_on_order
+from unlearn.evals.harness.question_task import allocate
+from unlearn.evals.judge.stats import wilson_interval
 
 SUBSETS = {
     "bioweapons_and_bioterrorism": 5,

@@ -15,9 +15,9 @@ from evals_stock import stock_tasks
 from lm_eval.evaluator import evaluate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from evals.evaluation import Evaluation
-from evals.harness.choice_orders import depends_on_order
-from evals.harness.task_loader import load_tasks
+from unlearn.evals.evaluation import Evaluation
+from unlearn.evals.harness.choice_orders import depends_on_order
+from unlearn.evals.harness.task_loader import load_tasks
 
 MODEL, QUESTIONS = (os.environ.get(f"UNLEARN_REAL_{name}", "") for name in ("MODEL", "QUESTIONS"))
 needs_model = pytest.mark.skipif(not MODEL, reason="UNLEARN_REAL_MODEL names no folder with a model")

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from evals_support import OracleModel, make_model, make_tokenizer, question, write_wmdp
 
-from evals import run
-from evals.evaluation import Evaluation
-from evals.output import write_result
 from unlearn.errors import UserError
+from unlearn.evals import run
+from unlearn.evals.evaluation import Evaluation
+from unlearn.evals.output import write_result
 from unlearn.model import save_model
 
 ROOT = Path(__file__).parents[1]
@@ -61,7 +61,7 @@ def test_torchrun_from_elsewhere_writes_what_one_process_finds(place: Path, tmp_
 def test_help_and_wrong_flags_do_not_wait_for_torch() -> None:
     heavy = ("torch", "lm_eval", "datasets", "numpy", "matplotlib")
     for module in ("run", "compare", "fetch"):
-        code = f"import sys, evals.{module}; sys.exit(any(name in sys.modules for name in {heavy}))"
+        code = f"import sys, unlearn.evals.{module}; sys.exit(any(name in sys.modules for name in {heavy}))"
         assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
 
 

@@ -1,4 +1,4 @@
-"""`evals.judge.stats` against scipy, against enumeration, and against published values."""
+"""`unlearn.evals.judge.stats` against scipy, against enumeration, and against published values."""
 
 import itertools
 import random
@@ -8,7 +8,7 @@ import pytest
 import scipy.optimize
 import scipy.stats
 
-from evals.judge.stats import (
+from unlearn.evals.judge.stats import (
     bootstrap_difference,
     effective_size,
     independent_accuracy,

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from evals_samples import ABCD, answering, gather, keys_of, sample, summary_of
 
-from evals.judge.answers import Letters, collect, debias_small
-from evals.judge.letters import describe_letters
-from evals.judge.stats import wilson_interval
-from evals.judge.summary import summarise
 from unlearn.errors import UserError
+from unlearn.evals.judge.answers import Letters, collect, debias_small
+from unlearn.evals.judge.letters import describe_letters
+from unlearn.evals.judge.stats import wilson_interval
+from unlearn.evals.judge.summary import summarise
 
 
 def result_of(samples: dict[str, list[dict[str, Any]]], **more: Any) -> dict[str, Any]:

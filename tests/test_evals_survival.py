@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import ArrayLike
 
-from evals.judge.resample import (
+from unlearn.evals.judge.resample import (
     accuracy_interval,
     difference,
     read_elsewhere,
@@ -14,8 +14,8 @@ from evals.judge.resample import (
     resampled_means,
     sign_flips,
 )
-from evals.judge.stats import mcnemar, wilson_interval
-from evals.judge.survival import Duration, kaplan_meier, log_rank, median
+from unlearn.evals.judge.stats import mcnemar, wilson_interval
+from unlearn.evals.judge.survival import Duration, kaplan_meier, log_rank, median
 
 # Weeks of remission of 42 leukaemia patients (Freireich et al. 1963), as in Kleinbaum and Klein, chapter 2.
 TREATED = [

@@ -13,13 +13,13 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 from evals_support import question, write_questions, write_stem, write_wmdp
 
-from evals import tamper
-from evals.attack.overlap import contained, overlap_warnings
-from evals.evaluation import Evaluation
-from evals.judge.original import original_accuracies
-from evals.judge.summary import summarise
 from unlearn.corpus import read_corpus
 from unlearn.errors import UserError
+from unlearn.evals import tamper
+from unlearn.evals.attack.overlap import contained, overlap_warnings
+from unlearn.evals.evaluation import Evaluation
+from unlearn.evals.judge.original import original_accuracies
+from unlearn.evals.judge.summary import summarise
 from unlearn.model import fresh_weights, load_model, load_tokenizer, save_model
 from unlearn.run.checkpoint import Checkpoints
 

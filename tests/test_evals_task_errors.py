@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from evals_support import make_model, make_tokenizer, question, write_questions, write_wmdp
 
-from evals.evaluation import Evaluation
 from unlearn.errors import UserError
+from unlearn.evals.evaluation import Evaluation
 
 YAML = """
 task: own

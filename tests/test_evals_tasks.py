@@ -18,9 +18,9 @@ from evals_support import (
     write_wmdp,
 )
 
-from evals.evaluation import Evaluation
-from evals.harness.task_loader import compiled_templates, load_tasks
 from unlearn.errors import UserError
+from unlearn.evals.evaluation import Evaluation
+from unlearn.evals.harness.task_loader import compiled_templates, load_tasks
 from unlearn.files import file_hash
 
 CLOZE = """
@@ -238,7 +238,7 @@ def test_any_task_of_lm_eval_is_found_without_reading_all() -> None:
     """A task, a group whose members are elsewhere, and a tag; as lm-eval's own index has them."""
     from lm_eval.tasks import TaskManager
 
-    from evals.harness.task_loader import _leaves, _manager, _members
+    from unlearn.evals.harness.task_loader import _leaves, _manager, _members
 
     everything = TaskManager()
     for name in ("hellaswag", "arc_challenge", "mmlu_pro", "ai2_arc", "mmlu_stem_tasks", "super-glue-lm-eval-v1"):

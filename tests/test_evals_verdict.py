@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from evals_samples import ABCD, answering, summary_of
 
-from evals.judge.answers import Letters
-from evals.judge.targets import Target, check_targets, parse_target
-from evals.judge.verdict import judge
 from unlearn.errors import UserError
+from unlearn.evals.judge.answers import Letters
+from unlearn.evals.judge.targets import Target, check_targets, parse_target
+from unlearn.evals.judge.verdict import judge
 
 
 def coin_flips(size: int, right: int) -> dict[str, Any]:

@@ -13,9 +13,9 @@ import pytest
 from test_commands import flags
 from test_evals_tamper import words
 
-from evals import tamper
 from unlearn.__main__ import main as unlearn_main
 from unlearn.errors import UserError
+from unlearn.evals import tamper
 from unlearn.run.lock import LOCK, locked
 
 ROOT = Path(__file__).parents[1]

@@ -17,9 +17,9 @@ from test_losses import language_model
 from test_methods import config, gradients_of
 from torch._dynamo.utils import counters
 
-from evals.harness.lm import LiveModel
 from unlearn.assemble import build
 from unlearn.config import TrainConfig, configure
+from unlearn.evals.harness.lm import LiveModel
 from unlearn.losses import logits_of
 from unlearn.methods import METHODS
 from unlearn.seeding import dropped, keep_mask

@@ -145,7 +145,9 @@ def test_a_run_that_is_killed_before_its_first_step(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("evals.training.finish" if method == "reset" else "evals.training.train", interrupted)
+        patch.setattr(
+            "unlearn.evals.training.finish" if method == "reset" else "unlearn.evals.training.train", interrupted
+        )
         assert run_here(train.main, *words(home, tmp_path / "run", method)) == 130
     attempt(*words(home, tmp_path / "run", method))
     one, other = (weights(tmp_path / name) for name in ("run", "whole"))

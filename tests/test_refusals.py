@@ -14,12 +14,12 @@ from conftest import WIDTH, WORDS, write_corpus
 from test_checkpoint import half_done  # noqa: F401
 from test_commands import flags
 
-from evals.attack.config import TamperConfig
 from unlearn.assemble import assemble
 from unlearn.batches import Batches
 from unlearn.config import config_of, configure
 from unlearn.corpus import Corpus
 from unlearn.errors import UserError
+from unlearn.evals.attack.config import TamperConfig
 from unlearn.files import size
 from unlearn.model import load_config
 from unlearn.plan_config import PlanConfig

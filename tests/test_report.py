@@ -1,5 +1,6 @@
 """The report: what a run left behind, on one page that needs nothing else and believes nothing that it prints."""
 
+import importlib.util
 import json
 import re
 import shlex
@@ -13,14 +14,13 @@ from evals_support import question, write_wmdp
 from report_support import make_run, numbers, report, result, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import launch.report
 import train
-from launch.report import write_report
-from launch.report.config import ReportConfig
-from launch.report.origins import command
-from launch.report.record import read_record
 from unlearn.config import TrainConfig, parse_method_flags
 from unlearn.errors import UserError
+from unlearn.launch.report import write_report
+from unlearn.launch.report.config import ReportConfig
+from unlearn.launch.report.origins import command
+from unlearn.launch.report.record import read_record
 from unlearn.lens import TunedLens
 from unlearn.lens_readings import LONGEST
 
@@ -160,7 +160,7 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_without_matplotlib_it_says_what_to_install(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch.report.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(UserError, match=re.escape("pip install 'unlearn[report]'")):
         write_report(ReportConfig(str(run)))
 

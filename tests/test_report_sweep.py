@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from report_support import make_run, numbers, report, result, write
 
-from launch.report import write_report
-from launch.report.config import ReportConfig
 from unlearn.errors import UserError
+from unlearn.launch.report import write_report
+from unlearn.launch.report.config import ReportConfig
 
 
 @pytest.fixture

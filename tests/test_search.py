@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from evals.judge.targets import parse_target
-from evals.judge.verdict import judge
-from launch.search import Outcome, Space, State, Values, classify, confirmed, next_point
+from unlearn.evals.judge.targets import parse_target
+from unlearn.evals.judge.verdict import judge
+from unlearn.launch.search import Outcome, Space, State, Values, classify, confirmed, next_point
 
 FLAGS = {
     "remove-coef": ("2", "3", "5", "8", "12", "20", "32", "50"),

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 from evals_support import question, write_wmdp
 
-from evals.judge.targets import parse_target
-from evals.judge.verdict import judge
-from launch.search import classify
-from launch.sweep import read_records, run_sweep
-from launch.sweep_config import Sweep, read_sweep
-from launch.sweep_table import best, draw_frontier
-from launch.trials import MARK, CommandFailed, Record, Trial, clear, run
 from unlearn.errors import UserError
+from unlearn.evals.judge.targets import parse_target
+from unlearn.evals.judge.verdict import judge
+from unlearn.launch.search import classify
+from unlearn.launch.sweep import read_records, run_sweep
+from unlearn.launch.sweep_config import Sweep, read_sweep
+from unlearn.launch.sweep_table import best, draw_frontier
+from unlearn.launch.trials import MARK, CommandFailed, Record, Trial, clear, run
 
 ROOT = Path(__file__).parent.parent
 TARGETS = ["--target", "wmdp_bio<=0.27", "--target", "mmlu_stem>=0.34"]

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from launch import jobs, trials
-from launch.jobs import Slurm
-from launch.search import Values
-from launch.sweep_config import Sweep, read_sweep
-from launch.trials import CommandFailed, Trial, execute, measure, measure_before
 from unlearn.errors import UserError
+from unlearn.launch import jobs, trials
+from unlearn.launch.jobs import Slurm
+from unlearn.launch.search import Values
+from unlearn.launch.sweep_config import Sweep, read_sweep
+from unlearn.launch.trials import CommandFailed, Trial, execute, measure, measure_before
 
 ROOT = Path(__file__).parent.parent
 VALUES: Values = (("remove-coef", "2"),)

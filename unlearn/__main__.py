@@ -8,22 +8,24 @@ from typing import Annotated, Any, Literal, Union
 
 import tyro
 
-from launch.report.config import ReportConfig
 from unlearn.config import config_of, named_method, parse_flags
 from unlearn.errors import run_command
 from unlearn.fit_config import FitLensConfig
+from unlearn.launch.report.config import ReportConfig
 from unlearn.plan_config import PlanConfig
 from unlearn.run.signals import EarlyStop
 from unlearn.sample_config import SampleConfig
 
 # Commands with a file of their own in the repository: the module whose `main` they are, and what --help says of them.
 ELSEWHERE = {
-    "train": ("evals.train", "Unlearn a model by a method, evaluate and export it: train.py."),
-    "eval": ("evals.run", "Measure WMDP, MMLU or any other task of lm-eval: evals/run.py."),
-    "attack": ("evals.tamper", "Fine-tune an unlearned model and watch the knowledge return: evals/tamper.py."),
-    "elicit": ("evals.elicit", "Look for what a model still knows without training it: evals/elicit.py."),
-    "compare": ("launch.compare", "Compare methods under attack: launch/compare.py."),
-    "sweep": ("launch.sweep", "Tune one method until a target is met: launch/sweep.py."),
+    "train": ("unlearn.evals.train", "Unlearn a model by a method, evaluate and export it: train.py."),
+    "eval": ("unlearn.evals.run", "Measure WMDP, MMLU or any other task of lm-eval: evals/run.py."),
+    "attack": ("unlearn.evals.tamper", "Fine-tune an unlearned model and watch the knowledge return: evals/tamper.py."),
+    "elicit": ("unlearn.evals.elicit", "Look for what a model still knows without training it: evals/elicit.py."),
+    "compare": ("unlearn.launch.compare", "Compare methods under attack: launch/compare.py."),
+    "fetch": ("unlearn.evals.fetch", "Fetch the tasks' questions, for machines without network: evals/fetch.py."),
+    "pair": ("unlearn.evals.compare", "Compare two results question by question: evals/compare.py."),
+    "sweep": ("unlearn.launch.sweep", "Tune one method until a target is met: launch/sweep.py."),
 }
 
 
@@ -95,7 +97,7 @@ def main() -> None:
 
         write_real(command.output, seed=command.seed, overwrite=command.overwrite)
     elif isinstance(command, ReportConfig):
-        from launch.report import write_report
+        from unlearn.launch.report import write_report
 
         write_report(command)
     elif isinstance(command, SampleConfig):

@@ -11,9 +11,9 @@ from evals_support import make_model, make_tokenizer, question, write_wmdp
 from harness import run_ranks
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from evals.evaluation import Evaluation
-from evals.harness.lm import LiveModel
 from unlearn.errors import UserError
+from unlearn.evals.evaluation import Evaluation
+from unlearn.evals.harness.lm import LiveModel
 from unlearn.sharding import shard as shard_rows
 from unlearn.sharding import shard_mesh
 

@@ -10,11 +10,11 @@ import torch
 from evals_support import question, write_questions, write_wmdp
 from harness import run_ranks
 
-from evals import tamper
 from unlearn.assemble import build
 from unlearn.config import configure
 from unlearn.distributed import rank
 from unlearn.errors import UserError
+from unlearn.evals import tamper
 from unlearn.model import fresh_weights, load_model
 from unlearn.weights import full
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from evals.attack.config import read_attacks
-from evals.eval_config import EvalConfig
 from unlearn.config import TrainConfig, parse_flags, parse_method_flags
+from unlearn.evals.attack.config import read_attacks
+from unlearn.evals.eval_config import EvalConfig
 
 ROOT = Path(__file__).parent.parent.parent
 LAUNCH = ROOT / "launch"

@@ -3,9 +3,11 @@
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2]  # the repository's folder; without meaning where a wheel is installed
+COMMANDS = {"train.py": "train", "evals/run.py": "eval", "evals/tamper.py": "attack", "evals/elicit.py": "elicit"}
 
 
 def own_program() -> tuple[str, str] | None:
@@ -39,3 +41,12 @@ def typed_command() -> str:
         launcher = ["torchrun", *nodes, "--nproc_per_node", str(local)]
         start = [*launcher, *start[1:]]
     return shlex.join([*start, *sys.argv[1:]])
+
+
+def runnable(words: Sequence[str]) -> list[str]:
+    """What follows `python` to run a command of this project: its file in the repository, or, where the package is
+    installed without one, `-m unlearn` and the command's name."""
+    if words[0] == "-m":
+        return list(words)
+    file = ROOT / words[0]
+    return [str(file), *words[1:]] if file.is_file() else ["-m", "unlearn", COMMANDS[words[0]], *words[1:]]

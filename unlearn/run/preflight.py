@@ -41,10 +41,10 @@ def versions() -> dict[str, str]:
 
 
 def code_hash() -> str:
-    """sha256 over the code of this project that a run may execute."""
-    digest = hashlib.sha256()
-    for folder in (ROOT / "unlearn", ROOT / "evals"):
-        for file in sorted(folder.rglob("*.py")):
+    """sha256 over the code of this project that a run may execute: sweeps and reports are none of it."""
+    digest, package = hashlib.sha256(), ROOT / "unlearn"
+    for file in sorted(package.rglob("*.py")):
+        if not file.is_relative_to(package / "launch"):
             add_parts(digest, str(file.relative_to(ROOT)).encode(), file.read_bytes())
     return digest.hexdigest()
 
