@@ -129,7 +129,7 @@ class Run:
             adam_lr=config.adam_lr,
             muon_lr=config.muon_lr,
             momentum=config.momentum,
-            floor=config.muon_floor,
+            floor=config.muon_floor or 0.0,
         )
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.model.train()

@@ -14,6 +14,7 @@ value_of() {
 }
 
 # Cut the text $1 into words, at spaces outside quotes, and put them into the array `words`. Nothing is expanded or run.
+# shellcheck disable=SC2034  # of `words`
 split_words() {
     xargs -r printf '%s' >/dev/null 2>&1 <<<"$1" || fail "expected closed quotes; found $1"
     mapfile -d '' -t words < <(xargs -r printf '%s\0' <<<"$1")
@@ -47,13 +48,23 @@ show() {
     printf '%s\n' "${line[*]}"
 }
 
-# Run the command $@ by LAUNCHER (default: node.sh); a --dry-run among its words is meant for the launcher.
-launch() {
-    local here command=() option=() word
-    here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-    for word in "$@"; do
-        if [[ $word == --dry-run ]]; then option=(--dry-run); else command+=("$word"); fi
-    done
-    split_words "${LAUNCHER:-"'$here/node.sh'"}"
-    exec "${words[@]}" "${option[@]}" "${command[@]}"
+# Print the interpreter of this checkout: PYTHON, .venv's, or the system's.
+interpreter() {
+    local own
+    own=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin/python
+    if [[ -n ${PYTHON-} ]]; then echo "$PYTHON"; elif [[ -x $own ]]; then echo "$own"; else echo python3; fi
+}
+
+# Print the value of the flag $1 among the words $2..., or else in the file that their --config names.
+value_of_run() {
+    local value file
+    value=$(flag_value "$@") file=$(flag_value --config "${@:2}")
+    if [[ -z $value && -n $file ]]; then
+        value=$("$(interpreter)" -c 'import json, pathlib, sys, tomllib
+file = pathlib.Path(sys.argv[1]).expanduser()
+file = file / "config.json" if file.is_dir() else file
+values = (json if file.suffix == ".json" else tomllib).loads(file.read_text())
+print(values.get(sys.argv[2]) or "")' "$file" "${1#--}" 2>/dev/null) || fail "expected flags in $file; found none to read"
+    fi
+    printf '%s' "$value"
 }

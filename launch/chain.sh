@@ -4,7 +4,7 @@
 #   launch/chain.sh --sbatch '--time=4:00:00 --nodes=2' --attack '--forget attack.jsonl' \
 #       train.py --lora-rank 16 --output runs/mine
 #   launch/chain.sh --sbatch '--time=2:00:00' --list grid.txt           every stage as a job array, line by line
-#   LAUNCHER="launch/chain.sh --sbatch '--time=4:00:00'" launch/recipes/lora-adamw.sh
+#   launch/chain.sh --sbatch '--time=4:00:00' train.py --config launch/recipes/lora-adamw.toml
 #
 #   --evaluate FLAGS   of evals/run.py, beside --model and --out; e.g. '--tasks wmdp_bio mmlu --data-dir questions'
 #   --attack FLAGS     of evals/tamper.py, beside --model and --output; without it nothing is attacked
@@ -13,7 +13,7 @@
 #   --list FILE        training commands, one a line, instead of one
 #   --dry-run          print what would be submitted
 #
-# Results: RUN (its --output), RUN-original (the original model's accuracies; with a list, FILE-original), RUN/evals,
+# Results: RUN (its --output, or its --config's), RUN-original (the original model's accuracies; with a list, FILE-original), RUN/evals,
 # RUN-attack and RUN/report.html. A job that fails cancels those that need it; the report comes in any case, of what
 # there is.
 set -euo pipefail
@@ -54,7 +54,8 @@ original='' results=$list-original
 for command in "${commands[@]}"; do
     split_words "$command"
     [[ ${words[0]} == train.py ]] || fail "expected commands that start with train.py; found ${words[0]}"
-    run=$(flag_value --output "${words[@]}") model=$(flag_value --model "${words[@]}")
+    run=$(value_of_run --output "${words[@]}")
+    model=$(value_of_run --model "${words[@]}")
     [[ -n $run ]] || fail "expected --output in the flags of train.py; found none in: $command"
     model=${model:-EleutherAI/deep-ignorance-unfiltered}
     [[ $model == "${original:=$model}" ]] || fail "expected one --model in the list; found $original and $model"

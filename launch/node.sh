@@ -66,8 +66,7 @@ elif [[ -n $endpoint$id$host$address ]]; then
     fail "--endpoint, --id, --host and --address have no effect on one node: leave them out, or give --nodes"
 fi
 
-python=${PYTHON:-$root/.venv/bin/python}
-[[ -n ${PYTHON-} || -x $python ]] || python=python3
+python=$(interpreter)
 cores=$(nproc)
 threads=$((cores / ranks))
 declare -A settings=(

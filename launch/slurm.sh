@@ -65,7 +65,7 @@ if [[ -n $list ]]; then
     set -- "${words[@]}"
 fi
 (($#)) || fail "expected a command, e.g. train.py --lora-rank 16 --output runs/mine; found none"
-output=$(flag_value --output "$@")
+output=$(value_of_run --output "$@")
 if [[ $1 == train.py ]]; then
     [[ -n $output ]] || fail "expected --output in the flags of train.py: a preempted run is found by it"
 fi

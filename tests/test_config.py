@@ -20,7 +20,7 @@ def test_published_values_of_each_mode() -> None:
     lora = configure(lora_rank=16)
     assert (lora.remove_coef, lora.retain_coef, lora.examples, lora.retain_loss) == (5.0, 5.0, 8192, "l2")
     assert (lora.adam_lr, lora.muon_lr, lora.lora_alpha, lora.lora_dropout) == (1e-3, None, 16.0, 0.05)
-    assert full.muon_floor == 0.01 and configure(optimizer="muon", muon_method="quintic").muon_floor == 0.0
+    assert full.muon_floor == 0.01 and configure(optimizer="muon", muon_method="quintic").muon_floor is None
     assert full.layers == (5, 10, 15, 20, 25, 30) and full.batch == 32
     assert full.lens == "EleutherAI/deep-ignorance-unfiltered-lens"
     assert full.output == "runs/deep-ignorance-unfiltered-full-muon"

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Union
 import tyro
 
 from unlearn.config import config_of, named_method, parse_flags
+from unlearn.config_file import with_file
 from unlearn.errors import run_command
 from unlearn.fit_config import FitLensConfig
 from unlearn.launch.report.config import ReportConfig
@@ -56,14 +57,14 @@ class RealConfig:
     """Replace an earlier one in --output."""
 
 
-def _commands() -> Any:
-    """The commands with their flags; those of `plan` are of the method that the command line names.
+def _commands(words: list[str]) -> Any:
+    """The commands with their flags; those of `plan` are of the method that `words` name.
 
     Those of `ELSEWHERE` are listed alone: `main` calls them before any flag is read.
     """
     here: dict[str, tuple[Any, str | None]] = {
         "fit-lens": (FitLensConfig, None),
-        "plan": (config_of(named_method(sys.argv[1:]), PlanConfig), inspect.getdoc(PlanConfig)),
+        "plan": (config_of(named_method(words), PlanConfig), inspect.getdoc(PlanConfig)),
         "real": (RealConfig, None),
         "report": (ReportConfig, None),
         "sample": (SampleConfig, None),
@@ -74,14 +75,25 @@ def _commands() -> Any:
     return Union[*named]
 
 
+def _with_file(words: list[str]) -> list[str]:
+    """The command's words with those of its --config, where it has flags that a file can give."""
+    plain = {"fit-lens": FitLensConfig, "report": ReportConfig, "sample": SampleConfig}
+    if words[:1] == ["plan"]:
+        return ["plan", *with_file(words[1:], lambda words: config_of(named_method(words), PlanConfig))]
+    if words[:1] and words[0] in plain:
+        return [words[0], *with_file(words[1:], lambda _: plain[words[0]])]
+    return words
+
+
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ELSEWHERE:
         sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]  # the program, as its messages and `typed_command` know it
         importlib.import_module(ELSEWHERE[name][0]).main()
         return
+    words = _with_file(sys.argv[1:])
     command: FitLensConfig | PlanConfig | RealConfig | ReportConfig | SampleConfig | WorldConfig = parse_flags(
-        _commands()
+        _commands(words), words
     )
     if isinstance(command, FitLensConfig):
         with EarlyStop(command.output):

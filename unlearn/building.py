@@ -118,7 +118,7 @@ def optimizers_of(config: TrainConfig, model: PreTrainedModel) -> dict[str, Opti
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         method=config.muon_method or "gram",
-        floor=config.muon_floor,
+        floor=config.muon_floor or 0.0,
         qkv=config.muon_qkv or "fused",
     )
 

@@ -1,8 +1,7 @@
 """Every flag of `train.py`: one frozen dataclass whose docstrings are the `--help`.
 
-A field that is None was not given; `__post_init__` fills in the published value of the chosen mode (LoRA or full
-training, AdamW or Muon) and refuses a flag that would have no effect in it. Nothing here imports torch, so that
-`--help` and a wrong flag answer at once.
+A field that is None was not given; `__post_init__` fills in the published value of the chosen mode (LoRA or full,
+AdamW or Muon) and refuses a flag that would have no effect in it. Nothing here imports torch: `--help` is quick.
 """
 
 import itertools
@@ -18,6 +17,7 @@ import tyro
 
 from unlearn.adversary_config import AdversaryFlags
 from unlearn.budget_config import BudgetFlags
+from unlearn.config_file import FileFlags, with_file
 from unlearn.errors import UserError
 from unlearn.filter_config import FilterFlags
 from unlearn.flags import Only, by_mode, flag, settle
@@ -85,8 +85,8 @@ class CorpusFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceFlags:
-    """What a command computes on."""
+class DeviceFlags(FileFlags):
+    """What a command computes on, and where further flags stand."""
 
     device: Literal["cuda", "cpu"] | None = None
     """cpu: compute on the CPU though there may be GPUs; cuda: on GPUs or not at all. Default: on a GPU for each rank;
@@ -257,8 +257,6 @@ class TrainConfig(BudgetFlags, FilterFlags, LatentFlags, AdversaryFlags, CorpusF
         self.check_latent()
         self.check_adversary()
         self.check_budgets()
-        if self.muon_method == "quintic":
-            object.__setattr__(self, "muon_floor", 0.0)
         if self.output is None:
             kind = f"lora{self.lora_rank}" if self.lora_rank > 0 else "full"
             named = "" if self.method == "lens" else f"{self.method}-"
@@ -383,18 +381,20 @@ Flags = TypeVar("Flags")
 
 def parse_flags(flags: type[Flags], arguments: Sequence[str] | None = None) -> Flags:
     """Read a flags dataclass from the command line; a mistake is shown by rank 0 only and exits with code 2."""
-    return tyro.cli(flags, prog=program_name(), args=arguments, console_outputs=os.environ.get("RANK", "0") == "0")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = with_file(words, lambda _: flags) if hasattr(flags, "config") else words
+    return tyro.cli(flags, prog=program_name(), args=words, console_outputs=os.environ.get("RANK", "0") == "0")
 
 
 def parse_method_flags(base: type[TrainConfig], arguments: Sequence[str] | None = None) -> TrainConfig:
-    """Read the flags of `base` and of the method that --method names; see `parse_flags`."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    """Read the flags of `base` and of the method that --method, or --config, names; see `parse_flags`."""
+    typed = sys.argv[1:] if arguments is None else arguments
+    words = with_file(typed, lambda words: config_of(named_method(words), base))  # type: ignore[arg-type]
     return parse_flags(config_of(named_method(words), base), words)  # type: ignore[arg-type]
 
 
 def named_method(words: Sequence[str], otherwise: str = "lens") -> str:
-    """The method that a command line names; `otherwise` where it names none, or one that is none, which is the parser's
-    to refuse."""
+    """The method that a command line names; `otherwise` where it names none, or a wrong one: the parser refuses it."""
     given = [word.partition("=")[2] for word in words if word.startswith("--method=")]
     given += [after for word, after in itertools.pairwise(words) if word == "--method"]
     return given[-1] if given and given[-1] in METHODS else otherwise

@@ -122,7 +122,8 @@ def test_a_module_and_several_nodes() -> None:
         ("chain.sh --dry-run train.py", "expected --output"),
         ("chain.sh --dry-run evals/run.py --output a", "found evals/run.py"),
         ("chain.sh --dry-run --attack 'a train.py --output a", "expected closed quotes"),
-        ("recipes/attack-short.sh runs/a", "found 1 of the two"),
+        ("chain.sh --dry-run train.py --config launch/node.sh", "expected flags in launch/node.sh"),
+        ("slurm.sh --dry-run train.py --config launch/recipes/attack-short.toml", "expected --output"),
     ],
 )
 def test_a_mistake_is_one_sentence(command: str, found: str) -> None:
@@ -318,8 +319,7 @@ def test_a_chain_of_arrays_goes_line_by_line(tmp_path: Path) -> None:
 
 
 def recipe(name: str, *flags: str) -> list[str]:
-    (words,) = commands(call(LAUNCH / "recipes" / f"{name}.sh", *flags, "--dry-run"))
-    return words[next(i for i, word in enumerate(words) if word.endswith(".py") and word.startswith(str(ROOT))) + 1 :]
+    return ["--config", str(LAUNCH / f"recipes/{name}.toml"), *flags]
 
 
 def test_the_lora_recipe_is_the_published_configuration() -> None:
@@ -339,10 +339,10 @@ def test_the_muon_recipe_is_the_published_configuration() -> None:
 
 
 def test_the_attack_recipe_is_the_published_short_form() -> None:
-    config = read_attacks(recipe("attack-short", "runs/a", "b.jsonl"))
+    config = read_attacks(recipe("attack-short", "--model", "a/model", "--forget", "b.jsonl", "--output", "c"))
     attack = config.run(config.subjects()[0], "attack")
     assert (attack.adam_lr, attack.batch, attack.examples, attack.epochs, attack.eval_every) == (2e-5, 16, 512, 1, 10)
-    assert (config.model, attack.forget, config.output) == ("runs/a/model", "b.jsonl", "runs/a-attack")
+    assert (config.model, attack.forget, config.output) == ("a/model", "b.jsonl", "c")
 
 
 def test_every_run_of_the_grid_parses_and_is_of_its_own() -> None:
@@ -354,11 +354,16 @@ def test_every_run_of_the_grid_parses_and_is_of_its_own() -> None:
     assert all(config.forget_template == "{title} x" for config in configs)
 
 
-def test_recipes_go_through_another_launcher() -> None:
-    chain = f"{LAUNCH}/chain.sh --evaluate '--tasks wmdp_bio mmlu'"
-    jobs = commands(call(LAUNCH / "recipes/lora-adamw.sh", "--dry-run", LAUNCHER=chain))
-    words = jobs[2][jobs[2].index("evals/run.py") + 1 :]
-    assert parse_flags(EvalConfig, words).tasks == ("wmdp_bio", "mmlu") and len(jobs) == 4
+def test_a_chain_reads_a_recipe(tmp_path: Path) -> None:
+    """Its --output and --model, unless they are typed."""
+    words = ["--evaluate", "--tasks wmdp_bio mmlu", "train.py", *recipe("lora-adamw")]
+    jobs = commands(call(LAUNCH / "chain.sh", "--dry-run", *words))
+    after = jobs[2][jobs[2].index("evals/run.py") + 1 :]
+    assert parse_flags(EvalConfig, after).tasks == ("wmdp_bio", "mmlu") and len(jobs) == 4
+    assert value(after, "--model") == "runs/lora-adamw/model" and jobs[1][-3:] == ["train.py", *recipe("lora-adamw")]
+    (tmp_path / "config.json").write_text('{"output": "runs/mine", "model": "some/model"}')
+    jobs = commands(call(LAUNCH / "chain.sh", "--dry-run", "train.py", "--config", tmp_path, "--output", "a b"))
+    assert value(jobs[0], "--model") == "some/model" and value(jobs[2], "--model") == "a b/model"
 
 
 def test_isambard_settings_fail_where_they_do_not_belong(tmp_path: Path) -> None:

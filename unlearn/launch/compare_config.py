@@ -14,7 +14,17 @@ from typing import Any, Literal
 
 import tyro
 
-from unlearn.config import METHODS, TrainConfig, check_once, parse_flags, parse_method_flags, split_names
+from unlearn.config import (
+    METHODS,
+    TrainConfig,
+    check_once,
+    config_of,
+    named_method,
+    parse_flags,
+    parse_method_flags,
+    split_names,
+)
+from unlearn.config_file import inlined
 from unlearn.errors import UserError
 from unlearn.evals.attack.config import read_attacks
 from unlearn.evals.elicit_config import ElicitConfig
@@ -296,8 +306,9 @@ def read_comparison(arguments: Sequence[str] | None = None) -> Comparison:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     end = words.index("--") if "--" in words else len(words)
-    found = Comparison(parse_flags(CompareConfig, words[:end]), tuple(words[end + 1 :]))
-    config = found.config
+    config = parse_flags(CompareConfig, words[:end])
+    shared = inlined(words[end + 1 :], lambda _: config_of(named_method(["--method", config.methods[0]])), OWN)
+    found = Comparison(config, tuple(shared))
     for method in config.methods:
         if method not in METHODS or not (tuning_of(method) or found.method_flags.get(method)):
             able = ", ".join(name for name in METHODS if tuning_of(name))

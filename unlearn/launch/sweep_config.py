@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import tyro
 
-from unlearn.config import TrainConfig, named_method, parse_flags, parse_method_flags
+from unlearn.config import TrainConfig, config_of, named_method, parse_flags, parse_method_flags
+from unlearn.config_file import inlined
 from unlearn.errors import UserError
 from unlearn.evals.judge.targets import Target, check_targets, parse_target
 from unlearn.grid import at, given, points, read_grid, typed
@@ -155,8 +156,10 @@ def read_sweep(arguments: Sequence[str] | None = None) -> Sweep:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     end = words.index("--") if "--" in words else len(words)
-    config, train_flags = parse_flags(SweepConfig, words[:end]), tuple(words[end + 1 :])
+    config, typed_flags = parse_flags(SweepConfig, words[:end]), words[end + 1 :]
     config.check()
+    tuned = [part.partition("=")[0] for part in config.grid]
+    train_flags = tuple(inlined(typed_flags, lambda words: config_of(named_method(words)), (*OWN, *tuned)))
     method = named_method(train_flags)
     flags = read_grid(config.grid, method, OWN, "the sweep")
     _refuse_repeated(flags, train_flags)

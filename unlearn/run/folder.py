@@ -28,8 +28,8 @@ LENS = frozenset(("params.safetensors", "params.pt", "config.json", "fit.json", 
 # Flags that may differ between the attempts of one run: they change where things lie and how they are computed, and the
 # result by no more than rounding.
 FREE = frozenset(
-    "output overwrite resume device save_every keep step_timeout data_dir include_path micro_batch micro_tokens shard "
-    "shard_size offload_reference checkpoint_activations compile_blocks".split()
+    "output overwrite resume config device save_every keep step_timeout data_dir include_path micro_batch micro_tokens "
+    "shard shard_size offload_reference checkpoint_activations compile_blocks".split()
 )
 
 Earlier = Literal["none", "unfinished", "finished"]

@@ -22,6 +22,7 @@ from unlearn.config import (
     parse_flags,
     split_names,
 )
+from unlearn.config_file import with_file
 from unlearn.errors import UserError
 from unlearn.flags import flag, idle, spelled
 from unlearn.grid import Point, at, changed, given, points, read_grid, typed
@@ -143,6 +144,7 @@ class TamperConfig(TrainConfig):
             "output": output,
             "overwrite": False,
             "resume": "auto",
+            "config": None,
         }
         return at(self.attacks[name], chosen, self._typed, self.method, **always, **own)
 
@@ -194,9 +196,12 @@ def read_attacks(arguments: Sequence[str] | None = None) -> TamperConfig:
     Raises:
         UserError: something in it cannot work.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    flags: type[TamperConfig] = config_of(named_method(words, METHOD), TamperConfig)  # type: ignore[assignment]
-    return parse_flags(flags, words)
+
+    def flags(words: Sequence[str]) -> type[TamperConfig]:
+        return config_of(named_method(words, METHOD), TamperConfig)  # type: ignore[return-value]
+
+    words = with_file(sys.argv[1:] if arguments is None else arguments, flags)
+    return parse_flags(flags(words), words)
 
 
 def _name(point: Point) -> str:
