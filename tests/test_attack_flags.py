@@ -155,6 +155,14 @@ def batches_of(found: dict[str, Corpus], **flags: Any) -> Batches:
     return Read(found, **({"batch": 4} | flags))[flags.get("data", "forget")]
 
 
+@pytest.mark.parametrize("tasks", [("wmdp_bio", "mmlu_stem"), ("mmlu_stem", "wmdp_bio")])
+def test_a_grid_takes_the_flags_of_its_measurements(tasks: tuple[str, ...]) -> None:
+    """Also where --eval-tasks has its default's value, which is no reason to think that nothing is measured."""
+    words = ["--model", "x", "--output", "y", "--forget", "z.jsonl", "--grid", "adam-lr=1e-4,1e-3"]
+    found = read_attacks([*words, "--eval-tasks", *tasks, "--eval-subsample", "40"])
+    assert all(found.run(found.subjects()[0], name).eval_subsample == 40 for name in found.attacks)
+
+
 def test_a_mix_is_half_of_either_text() -> None:
     found = batches_of(corpora(), data="mix", examples=16)
     first = [int(found.corpus.windows[index][0]) for index in found.order]

@@ -16,6 +16,7 @@ from unlearn.launch.report.config import ReportConfig
 from unlearn.plan_config import PlanConfig
 from unlearn.run.signals import EarlyStop
 from unlearn.sample_config import SampleConfig
+from unlearn.track_config import TrackConfig
 
 # Commands with a file of their own in the repository: the module whose `main` they are, and what --help says of them.
 ELSEWHERE = {
@@ -68,6 +69,7 @@ def _commands(words: list[str]) -> Any:
         "real": (RealConfig, None),
         "report": (ReportConfig, None),
         "sample": (SampleConfig, None),
+        "track": (TrackConfig, None),
         "world": (WorldConfig, None),
     }
     every = {name: (make_dataclass(name, []), words) for name, (_, words) in ELSEWHERE.items()} | here
@@ -92,8 +94,8 @@ def main() -> None:
         importlib.import_module(ELSEWHERE[name][0]).main()
         return
     words = _with_file(sys.argv[1:])
-    command: FitLensConfig | PlanConfig | RealConfig | ReportConfig | SampleConfig | WorldConfig = parse_flags(
-        _commands(words), words
+    command: FitLensConfig | PlanConfig | RealConfig | ReportConfig | SampleConfig | TrackConfig | WorldConfig = (
+        parse_flags(_commands(words), words)
     )
     if isinstance(command, FitLensConfig):
         with EarlyStop(command.output):
@@ -116,6 +118,10 @@ def main() -> None:
         from unlearn.sample import sample
 
         sample(command)
+    elif isinstance(command, TrackConfig):
+        from unlearn.run.track import track
+
+        track(command)
     else:
         from unlearn.world.build import write_world
 

@@ -5,7 +5,6 @@ AdamW or Muon) and refuses a flag that would have no effect in it. Nothing here 
 """
 
 import itertools
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -23,7 +22,9 @@ from unlearn.filter_config import FilterFlags
 from unlearn.flags import Only, by_mode, flag, settle
 from unlearn.latent_config import LatentFlags
 from unlearn.methods import METHODS, flags_of
+from unlearn.resume_config import ResumeFlags
 from unlearn.run.command_line import program_name
+from unlearn.track_config import TrackFlags
 
 FORGET = "Unlearning/WMDP-Bio-Remove-Dataset"
 RETAIN = "EleutherAI/wikitext_document_level:wikitext-103-raw-v1"
@@ -94,39 +95,9 @@ class DeviceFlags(FileFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResumeFlags:
-    """How a run is saved, and goes on after it was stopped or killed."""
-
-    overwrite: bool = False
-    """Replace an earlier run in --output. With --resume auto: only if it is another one."""
-    resume: Literal["auto", "never"] | None = None
-    """auto: go on with the unfinished run of the same flags in --output, from its newest checkpoint; say so if it is
-    finished. never: an earlier run is in the way. Default: auto, or never with --overwrite."""
-    save_every: int = 32
-    """Optimizer steps between checkpoints; there is one after the last step too. 0: only when told to stop."""
-    keep: int = 1
-    """Checkpoints to keep while the run lasts; a finished one has none."""
-    step_timeout: float = 600.0
-    """Seconds that ranks wait for each other, after the first step, before they give up."""
-
-    @property
-    def resumes(self) -> bool:
-        """Whether an unfinished run of the same flags goes on."""
-        return self.resume == "auto" or (self.resume is None and not self.overwrite)
-
-    def check_resume(self) -> None:
-        """Raise unless every number is inside its range, and every flag has an effect."""
-        if self.save_every < 0 or self.keep < 1 or not 0.0 < self.step_timeout < math.inf:
-            raise UserError(
-                "expected --save-every of 0 or more, --keep of 1 or more and --step-timeout above 0; found "
-                f"{self.save_every}, {self.keep} and {self.step_timeout}"
-            )
-        if self.save_every == 0 and self.keep != 1:
-            raise UserError("--keep has no effect with --save-every 0: leave it out")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig(BudgetFlags, FilterFlags, LatentFlags, AdversaryFlags, CorpusFlags, ResumeFlags, DeviceFlags):
+class TrainConfig(
+    BudgetFlags, FilterFlags, LatentFlags, AdversaryFlags, TrackFlags, CorpusFlags, ResumeFlags, DeviceFlags
+):
     """Change a model by a method: the flags that all methods share. `config_of` adds those of the chosen one."""
 
     method: Literal[METHODS] = "lens"  # type: ignore[valid-type]
@@ -257,6 +228,7 @@ class TrainConfig(BudgetFlags, FilterFlags, LatentFlags, AdversaryFlags, CorpusF
         self.check_latent()
         self.check_adversary()
         self.check_budgets()
+        self.check_track()
         if self.output is None:
             kind = f"lora{self.lora_rank}" if self.lora_rank > 0 else "full"
             named = "" if self.method == "lens" else f"{self.method}-"

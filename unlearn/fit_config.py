@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from unlearn.config import CorpusFlags, DeviceFlags, ResumeFlags
+from unlearn.config import CorpusFlags, DeviceFlags
 from unlearn.errors import UserError
+from unlearn.resume_config import ResumeFlags
 
 
 @dataclass(frozen=True, kw_only=True)

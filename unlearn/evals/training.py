@@ -24,6 +24,7 @@ from unlearn.run.checkpoint import Checkpoints
 from unlearn.run.folder import RUN
 from unlearn.run.log import MetricsLog
 from unlearn.run.run import Run, opened_run
+from unlearn.run.track import tracked
 from unlearn.trainer import train
 
 
@@ -68,7 +69,10 @@ class Training:
         fill_models(found)
         self.run.begin(self.identity, found.optimizers, export_bytes(found))
         announce(found)
-        with MetricsLog(folder / "metrics.jsonl", found.steps, config.method) as log:
+        with (
+            tracked(folder, config.track, config.track_project),
+            MetricsLog(folder / "metrics.jsonl", found.steps, config.method) as log,
+        ):
             checkpoints = self.run.checkpoints(
                 found.model,
                 found.optimizers,

@@ -19,7 +19,7 @@ from unlearn.run.signals import MARKER
 
 CHECKPOINTS = "checkpoints"
 RESUMABLE = frozenset(("config.json", "run.json", "metrics.jsonl", CHECKPOINTS, MARKER, LOCK))
-RUN = RESUMABLE | {"model", "adapter", "evals", "lens.json", "report.html"}
+RUN = RESUMABLE | {"model", "adapter", "evals", "lens.json", "report.html", "tracking"}
 ATTACK = RESUMABLE | {"attack.json", "attack.png", "attacks"}
 ONE_ATTACK = RUN | {"curve.json"}
 FITTING = RESUMABLE | {"lens"}  # in a folder of its own inside a lens's, whose config.json says other things
@@ -28,8 +28,8 @@ LENS = frozenset(("params.safetensors", "params.pt", "config.json", "fit.json", 
 # Flags that may differ between the attempts of one run: they change where things lie and how they are computed, and the
 # result by no more than rounding.
 FREE = frozenset(
-    "output overwrite resume config device save_every keep step_timeout data_dir include_path micro_batch micro_tokens "
-    "shard shard_size offload_reference checkpoint_activations compile_blocks".split()
+    "output overwrite resume config track track_project device save_every keep step_timeout data_dir include_path "
+    "micro_batch micro_tokens shard shard_size offload_reference checkpoint_activations compile_blocks".split()
 )
 
 Earlier = Literal["none", "unfinished", "finished"]

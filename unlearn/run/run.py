@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from unlearn.config import ResumeFlags
 from unlearn.device import describe
 from unlearn.distributed import fail_together, is_main
+from unlearn.resume_config import ResumeFlags
 from unlearn.run.checkpoint import Checkpoints
 from unlearn.run.command_line import typed_command
 from unlearn.run.folder import (

@@ -158,7 +158,8 @@ class TamperConfig(TrainConfig):
     def _unused(self, name: str) -> set[str]:
         """Those that have no effect in an attack; they are left out of it, if they have one in another."""
         point = changed(self.attacks[name], self._typed)
-        return idle(given(self.method)(**(self._given | point))).keys() - point.keys()
+        measured = {"eval_tasks": self.eval_tasks}  # every attack has them, those of the default too
+        return idle(given(self.method)(**(self._given | measured | point))).keys() - point.keys()
 
     def subjects(self) -> list[Subject]:
         """The model, then the controls.
