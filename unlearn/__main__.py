@@ -12,6 +12,7 @@ from unlearn.config import config_of, named_method, parse_flags
 from unlearn.errors import run_command
 from unlearn.fit_config import FitLensConfig
 from unlearn.launch.report.config import ReportConfig
+from unlearn.launch.watch.config import WatchConfig
 from unlearn.plan_config import PlanConfig
 from unlearn.run.signals import EarlyStop
 from unlearn.sample_config import SampleConfig
@@ -67,6 +68,7 @@ def _commands() -> Any:
         "real": (RealConfig, None),
         "report": (ReportConfig, None),
         "sample": (SampleConfig, None),
+        "watch": (WatchConfig, None),
         "world": (WorldConfig, None),
     }
     every = {name: (make_dataclass(name, []), words) for name, (_, words) in ELSEWHERE.items()} | here
@@ -80,9 +82,8 @@ def main() -> None:
         sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]  # the program, as its messages and `typed_command` know it
         importlib.import_module(ELSEWHERE[name][0]).main()
         return
-    command: FitLensConfig | PlanConfig | RealConfig | ReportConfig | SampleConfig | WorldConfig = parse_flags(
-        _commands()
-    )
+    command: FitLensConfig | PlanConfig | RealConfig | ReportConfig | SampleConfig | WatchConfig | WorldConfig
+    command = parse_flags(_commands())
     if isinstance(command, FitLensConfig):
         with EarlyStop(command.output):
             from unlearn.fit_lens import fit_lens
@@ -104,6 +105,10 @@ def main() -> None:
         from unlearn.sample import sample
 
         sample(command)
+    elif isinstance(command, WatchConfig):
+        from unlearn.launch.watch import watch
+
+        watch(command)
     else:
         from unlearn.world.build import write_world
 

@@ -1,0 +1,133 @@
+"""A sweep and a comparison as lines: what has ended, what is best, what runs now."""
+
+from collections.abc import Sequence
+
+from rich.text import Text
+
+from unlearn.launch.watch.attack import AttackView
+from unlearn.launch.watch.comparison import ComparisonView, Row
+from unlearn.launch.watch.draw_attack import accuracies, at_work
+from unlearn.launch.watch.draw_run import in_short, interval, state_line, title
+from unlearn.launch.watch.files import Object, items, number, table
+from unlearn.launch.watch.sweep import Job, SweepView
+from unlearn.launch.watch.text import NONE, cell, joined, line, percent
+
+TASK = 22  # columns of an accuracy with its interval
+NAME, NARROW, WIDE = 20, 9, 13  # columns of a comparison's table
+
+
+def draw_sweep(view: SweepView, width: int, height: int, now: float) -> list[Text]:
+    """The whole picture: the last trials where not all fit."""
+    failed = sum(trial.get("state") == "failed" for trial in view.trials)
+    running = view.job is not None and view.state.word == "at work"
+    counts = [f"trials {len(view.trials)} done", f"{failed} failed", f"{int(running)} running", f"{view.points} points"]
+    lines = [title("sweep", view.folder), state_line(view.state, now, "last sign")]
+    lines += [line(joined([*counts, f"target {', '.join(map(str, items(view.flags.get('target'))))}"]))]
+    lines += [line((view.outcome, "bold"))] if view.outcome else []
+    tasks = [str(task) for task in items(view.flags.get("tasks"))][: max(1, (width - 44) // TASK)]
+    if view.best:
+        lines += [line(("best so far", "bold")), trial_line(view.best, tasks, width)]
+    below = draw_job(view.job, width, view.state.word == "at work")
+    rows = max(1, height - len(lines) - len(below) - 3)
+    lines += [line(), heading(tasks, width), *(trial_line(one, tasks, width) for one in view.trials[-rows:])]
+    return [*lines, *([line(), *below] if below else [])]
+
+
+def heading(tasks: Sequence[str], width: int) -> Text:
+    """Of the table of trials."""
+    return line((cell("trial", _setting(tasks, width)) + "".join(cell(task, TASK) for task in tasks) + "state", "bold"))
+
+
+def trial_line(trial: Object, tasks: Sequence[str], width: int) -> Text:
+    """One trial that ended: its values, its accuracies, what it calls for."""
+    values = " ".join(f"{flag} {value}" for flag, value in table(trial.get("values")).items())
+    start = cell(f"{trial.get('number', NONE)}: {values} seed {trial.get('seed', NONE)}", _setting(tasks, width))
+    state, found = str(trial.get("state", NONE)), table(trial.get("accuracies"))
+    if state == "failed":
+        return line(start, (f"failed: {trial.get('reason', '')}", "red"))
+    cells = "".join(cell(_accuracy(table(found.get(task))), TASK) for task in tasks)
+    return line(start, cells, (state, "green" if state == "met" else ""))
+
+
+def _setting(tasks: Sequence[str], width: int) -> int:
+    return max(16, min(60, width - TASK * len(tasks) - 13))
+
+
+def _accuracy(numbers: Object) -> str:
+    return f"{percent(number(numbers.get('acc')))} {interval(numbers)}"
+
+
+def draw_job(job: Job | None, width: int, works: bool) -> list[Text]:
+    """A command at work in a few lines."""
+    if job is None:
+        return []
+    head = line(("now " if works else "stopped at ", "bold"), (job.place, "bold"), f" · {job.what}")
+    if isinstance(job.view, AttackView):
+        current = job.view.current
+        return [head, *accuracies(job.view, width, 1), *(at_work(current, width)[1:3] if current else [])]
+    return [head, *(in_short(job.view, width) if job.view is not None else [])]
+
+
+def draw_comparison(view: ComparisonView, width: int, height: int, now: float) -> list[Text]:
+    """The whole picture: what is at work before the table where not all fits."""
+    lines = [title("comparison", view.folder), state_line(view.state, now, "last sign")]
+    lines += [line(("verdict ", "bold"), one) for one in view.verdict[:2]]
+    if not view.before:
+        lines.append(line("now evaluating the original, before any run"))
+    lines += [line(overall(view))]
+    head = [line(), line((_columns("method", width), "bold"))]
+    between = line((cell("control", NAME), "bold"))
+    shown = [row_line(view, row, width, False) for row in view.methods]
+    shown += [between, *(row_line(view, row, width, True) for row in view.controls)]
+    below: list[Text] = []
+    works = view.state.word == "at work"
+    for job in view.jobs if view.state.word != "finished" else ():
+        below += [line(), *draw_job(job, width, works)]
+    room = height - len(lines) - len(head) - len(shown)
+    return [*lines, *head, *shown, *below[: max(0, room)]]
+
+
+def overall(view: ComparisonView) -> str:
+    """Trials, models, attacks so far, and of how many as far as that is known."""
+    attackers = len(view.attackers)
+    trials = sum(row.trials for row in view.methods)
+    expected = view.trials * len(view.methods) if view.trials else None
+    attacks = sum(row.attacks for row in (*view.methods, *view.controls))
+    most = None
+    if view.seeds is not None and attackers:
+        most = attackers * (view.seeds * len(view.methods) + len(view.controls))
+    seeds = "" if view.seeds is None else f"{view.seeds} seeds a method"
+    return joined([f"trials {of(trials, expected)}", f"attacks {of(attacks, most)}", seeds, f"{attackers} attackers"])
+
+
+def of(done: int, expected: int | None) -> str:
+    """A count, and of how many if that is known."""
+    return str(done) if expected is None else f"{done} of {expected}"
+
+
+def _columns(first: str, width: int) -> str:
+    cells = [cell("trials", NARROW), cell("models", NARROW), cell("attacks", NARROW), cell("failed", NARROW)]
+    return cell(first, NAME) + "".join(cells) + "now"
+
+
+def row_line(view: ComparisonView, row: Row, width: int, control: bool) -> Text:
+    """One method or one control."""
+    expected = max(row.models, view.seeds or 0) if not control else 1
+    trials = "" if control else of(row.trials, view.trials)
+    models = "" if control else of(row.trained, expected) if expected else NONE
+    attacks = of(row.attacks, len(view.attackers) * expected) if expected and view.attackers else str(row.attacks)
+    lost = row.failed + row.lost
+    cells = [cell(trials, NARROW), cell(models, NARROW), cell(attacks, NARROW)]
+    return line(cell(row.name, NAME), *cells, (cell(str(lost or ""), NARROW), "red"), doing(view, row, control))
+
+
+def doing(view: ComparisonView, row: Row, control: bool) -> str:
+    """What a row is at, or what its trials chose."""
+    if row.jobs and view.state.word != "finished":
+        job = row.jobs[0]
+        return job.what if control else f"{job.what}, {' '.join(job.place.split()[1:])}"
+    values = table(row.chosen.get("values"))
+    if values:
+        chosen = " ".join(f"{flag} {value}" for flag, value in values.items())
+        return ("chosen " if row.chosen.get("within") else "chosen, over the budget: ") + chosen
+    return str(row.chosen.get("why", "")) if row.chosen else "" if control or row.trials else "not begun"
