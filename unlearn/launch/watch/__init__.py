@@ -12,6 +12,7 @@ from unlearn.launch.watch.config import WatchConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
     from unlearn.launch.watch.look import View, Watcher
 
@@ -69,7 +70,7 @@ def ended(view: "View") -> bool:
     return state is not None and state.word == "finished"
 
 
-def _lines(console: "Console", view: "View", height: int) -> list:  # type: ignore[type-arg]
+def _lines(console: "Console", view: "View", height: int) -> "list[Text]":
     from unlearn.launch.watch.draw import draw
 
     return draw(view, console.width, height, unicode=console.encoding.startswith("utf"))

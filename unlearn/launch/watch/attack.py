@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from unlearn.launch.watch.files import Object, Objects, items, names
+from unlearn.launch.watch.files import Object, Objects, items, latest, names
 from unlearn.launch.watch.run import ACCURACY, RunReader, RunView
 from unlearn.launch.watch.state import State, state_of
 
@@ -65,7 +65,7 @@ class AttackReader:
         }
         attacks = [self._attack(*key, reader.look(now)) for key, reader in self._runs.items()]
         finished = self._objects.read(self._folder / "run.json").get("finished") is True
-        written = max((one.run.state.written or 0.0 for one in attacks), default=0.0) or None
+        written = latest(one.run.state.written for one in attacks)
         return AttackView(
             self._folder, config, state_of(self._folder, finished, written, now), attacks, expected(config),
             *roles(config),

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from unlearn.errors import UserError
 from unlearn.launch.watch.attack import AttackReader
-from unlearn.launch.watch.files import Object, Objects, count, items, names, table, written
+from unlearn.launch.watch.files import Object, Objects, count, items, latest, names, table, written
 from unlearn.launch.watch.run import RunReader
-from unlearn.launch.watch.state import State, state_of
+from unlearn.launch.watch.state import State, held, state_of
 from unlearn.launch.watch.sweep import Job
 
 DOES = {"train": "training", "attack": "attack", "lens": "fitting a lens", "ways": "looking in without training"}
@@ -22,7 +22,7 @@ class Row:
     Attributes:
         trials, failed: those that ended, and how many of them without a number. chosen: chosen.json, {} before.
         models: seeds of the chosen setting that were begun; 1 for a control. trained: those whose training ended.
-        attacks: that ended. lost: commands that failed. ways: the looks without training that ended.
+        attacks: that ended. lost: what each command that failed says.
         jobs: what was begun and has not ended.
     """
 
@@ -33,8 +33,7 @@ class Row:
     models: int
     trained: int
     attacks: int
-    lost: int
-    ways: int
+    lost: list[str]
     jobs: list[Job]
 
 
@@ -80,7 +79,7 @@ class ComparisonReader:
         found = self._objects.read(self._folder / "compare.json")
         settings = table(found.get("comparison"))
         tried = [len(items(row.chosen.get("trials"))) for row in methods if row.chosen]
-        state = self._state(bool(found), (*methods, *controls), now)
+        state = self._state(bool(found) and not held(self._folder), (*methods, *controls), now)
         return ComparisonView(
             folder=self._folder,
             flags=flags,
@@ -95,9 +94,8 @@ class ComparisonReader:
         )
 
     def _state(self, finished: bool, rows: tuple[Row, ...], now: float) -> State:
-        views = [job.view for row in rows for job in row.jobs if job.view is not None]
-        times = [view.state.written for view in views] + [written(self._folder / "compare.json")]
-        return state_of(self._folder, finished, max((time for time in times if time), default=None), now)
+        times = [written(self._folder / "compare.json"), *(job.written for row in rows for job in row.jobs)]
+        return state_of(self._folder, finished, latest(times), now)
 
     def _method(self, name: str, earlier: Readers, now: float) -> Row:
         folder = self._folder / "methods" / name
@@ -118,6 +116,7 @@ class ComparisonReader:
         return self._row(name, [], {}, [folder], self._jobs([folder], earlier, now))
 
     def _row(self, name: str, trials: list[Object], chosen: Object, models: list[Path], jobs: list[Job]) -> Row:
+        attacks = [place / "attacks" / one for place in models for one in names(place / "attacks")]
         return Row(
             name=name,
             trials=len(trials),
@@ -125,19 +124,18 @@ class ComparisonReader:
             chosen=chosen,
             models=len(models),
             trained=sum(self._objects.read(place / "run/run.json").get("finished") is True for place in models),
-            attacks=sum((place / "attacks" / one / "attack.json").is_file() for place in models
-                        for one in names(place / "attacks")),
-            lost=sum(one.endswith(".failed") for place in models for one in names(place)),
-            ways=sum((place / "ways/elicit.json").is_file() for place in models),
+            attacks=sum((attack / "attack.json").is_file() for attack in attacks),
+            lost=[_reason(place / one) for place in models for one in names(place) if one.endswith(".failed")],
             jobs=jobs,
-        )  # fmt: skip
+        )
 
     def _jobs(self, places: list[Path], earlier: Readers, now: float) -> list[Job]:
-        """The commands of these places that have a log, and neither came to their end nor failed."""
+        """The commands of these places that were begun or submitted, and neither came to their end nor failed."""
         found = []
         for place in places:
             here = names(place)
-            for log in (name.removesuffix(".log") for name in here if name.endswith(".log")):
+            begun = sorted({name.rpartition(".")[0] for name in here if name.endswith((".log", ".job"))})
+            for log in begun:
                 if f"{log}.failed" not in here and not self._ended(place, log):
                     found.append(self._job(place, log, earlier, now))
         return found
@@ -150,15 +148,27 @@ class ComparisonReader:
         return (output / end).is_file()
 
     def _job(self, place: Path, log: str, earlier: Readers, now: float) -> Job:
-        name = " ".join(place.relative_to(self._folder).parts[1:])
+        parts = place.relative_to(self._folder).parts
+        name = " ".join((parts[1], *parts[-1:])) if len(parts) > 2 else parts[1]
         kind, _, attacker = log.partition("-")
-        what = f"{DOES.get(kind, kind)} {attacker}".strip()
+        what, last = f"{DOES.get(kind, kind)} {attacker}".strip(), written(place / f"{log}.log")
+        if last is None:
+            return Job(name, f"{what}, waiting for Slurm")
         if kind not in ("train", "attack"):
-            return Job(name, what)
+            return Job(name, what, None, last)
         output = place / output_of(log)
         make = RunReader if kind == "train" else AttackReader
         reader = self._readers[output] = earlier.get(output) or make(output, self._objects)
-        return Job(name, what, reader.look(now))
+        view = reader.look(now)
+        return Job(name, what, view, latest([last, view.state.written]))
+
+
+def _reason(file: Path) -> str:
+    """What failed, and why, from the file that says so."""
+    try:
+        return f"{file.stem} failed: {file.read_text(encoding='utf-8', errors='replace').strip()}"
+    except OSError:
+        return f"{file.stem} failed"
 
 
 def output_of(log: str) -> str:

@@ -12,7 +12,7 @@ from unlearn.launch.watch.draw_sweep import draw_comparison, draw_sweep
 from unlearn.launch.watch.look import Nothing, View
 from unlearn.launch.watch.run import RunView
 from unlearn.launch.watch.sweep import SweepView
-from unlearn.launch.watch.text import PLAIN, line
+from unlearn.launch.watch.text import in_ascii, line
 
 
 def draw(view: View, width: int, height: int, now: float | None = None, unicode: bool = True) -> list[Text]:
@@ -24,7 +24,7 @@ def draw(view: View, width: int, height: int, now: float | None = None, unicode:
     lines = _draw(view, width, height, time.time() if now is None else now)[:height]
     for found in lines:
         if not unicode:
-            found.plain = found.plain.translate(PLAIN)
+            found.plain = in_ascii(found.plain)
         found.truncate(width, overflow="ellipsis" if unicode else "crop")
     return lines
 
@@ -33,7 +33,7 @@ def _draw(view: View, width: int, height: int, now: float) -> list[Text]:
     if isinstance(view, Nothing):
         return [title("nothing yet", view.folder), line("The folder has no run, or not any more; waiting for one.")]
     if isinstance(view, RunView):
-        return draw_run(view, width, height, now)
+        return draw_run(view, width, now)
     if isinstance(view, AttackView):
         return draw_attack(view, width, height, now)
     if isinstance(view, SweepView):

@@ -25,18 +25,12 @@ from unlearn.launch.watch.text import (
 LABEL, VALUE = 16, 11  # columns of a name and of a number
 
 
-def draw_run(view: RunView, width: int, height: int, now: float) -> list[Text]:
+def draw_run(view: RunView, width: int, now: float) -> list[Text]:
     """The whole picture, what matters most first."""
-    lines = [title(str(view.config.get("method", "run")), view.folder)]
-    lines += [*what_it_is(view), state_line(view.state, now), *progress(view, width)]
-    lines += ["", *losses(view, width), *settings(view, width)]
+    head = [title(str(view.config.get("method", "run")), view.folder), what_it_is(view), state_line(view.state, now)]
+    lines = [*head, *progress(view, width), line(), *losses(view, width), settings(view)]
     measured = evaluation(view, width)
-    return [*map(as_text, lines), *([line(), *measured] if measured else [])]
-
-
-def as_text(part: Text | str) -> Text:
-    """A line."""
-    return line(part) if isinstance(part, str) else part
+    return [*lines, *([line(), *measured] if measured else [])]
 
 
 def title(kind: str, folder: Path) -> Text:
@@ -44,10 +38,10 @@ def title(kind: str, folder: Path) -> Text:
     return line((kind, "bold"), " · ", (str(folder), "bold"))
 
 
-def what_it_is(view: RunView) -> list[Text]:
+def what_it_is(view: RunView) -> Text:
     """Model, what is trained, optimizer, dtype, ranks, device."""
     attempts = items(view.recorded.get("attempts"))
-    return [line(about(view.config, table(attempts[-1]) if attempts else {}, len(attempts)))]
+    return line(about(view.config, table(attempts[-1]) if attempts else {}, len(attempts)))
 
 
 def about(config: Object, attempt: Object, attempts: int) -> str:
@@ -89,16 +83,15 @@ def progress(view: RunView, width: int) -> list[Text]:
 
 
 def pace(view: RunView) -> str:
-    """Rate, time left and phase in words."""
+    """Time left, rate and phase in words."""
     rate = "" if view.tokens is None else f"{view.tokens:,.0f} tokens a second"
     step = "" if view.seconds is None else f"{figure(view.seconds)} s a step"
-    limit = "at most " if view.at_most else ""
-    left = "" if view.left is None else f"{limit}{span(view.left)} left"
+    left = "" if view.left is None else f"{span(view.left)} left"
     phase, stopped = view.last.get("phase"), view.last.get("stopped")
     parts = [f"phase {phase}" if phase else "", f"ended early by {stopped}" if stopped else ""]
     parts.append("exporting and measuring" if view.exporting else "")
     damaged = f"{view.damaged} damaged lines" if view.damaged else ""
-    return joined([rate, step, left, *parts, damaged]) or "no step yet"
+    return joined([left, rate, step, *parts, damaged]) or "no step yet"
 
 
 def losses(view: RunView, width: int) -> list[Text]:
@@ -115,7 +108,7 @@ def loss(view: RunView, name: str, width: int) -> Text:
     return line(cell(name.replace("_", " "), LABEL), cell(now, VALUE), " ", (drawn, "cyan"))
 
 
-def settings(view: RunView, width: int) -> list[Text]:
+def settings(view: RunView) -> Text:
     """Learning rates, speed, memory."""
     rates = [
         f"{name.removesuffix('_lr')} {figure(number(value))}" for name, value in view.last.items() if is_rate(name)
@@ -124,7 +117,7 @@ def settings(view: RunView, width: int) -> list[Text]:
     peak = number(table(view.recorded.get("cost")).get("peak_gib"))
     memory = f"memory peak {figure(peak)} GiB" if peak is not None else "memory peak: known at the end"
     parts = [f"learning rate {', '.join(rates) or NONE}", "" if speed is None else f"{figure(speed)} TFLOP/s a rank"]
-    return [line(joined([*parts, memory]))]
+    return line(joined([*parts, memory]))
 
 
 def is_rate(name: str) -> bool:
@@ -162,6 +155,6 @@ def interval(numbers: Object) -> str:
 
 
 def in_short(view: RunView, width: int) -> list[Text]:
-    """A run in three lines, as a part of something greater."""
-    found = [*progress(view, width)]
-    return found + [loss(view, name, width) for name in view.losses[:1]]
+    """A run in two lines, as a part of something greater."""
+    steps = progress(view, 44)[0]
+    return [line(steps, f" · {pace(view)}"), *(loss(view, name, width) for name in view.losses[:1])]

@@ -6,14 +6,14 @@ from rich.text import Text
 
 from unlearn.launch.watch.attack import AttackView
 from unlearn.launch.watch.comparison import ComparisonView, Row
-from unlearn.launch.watch.draw_attack import accuracies, at_work
+from unlearn.launch.watch.draw_attack import in_one_line
 from unlearn.launch.watch.draw_run import in_short, interval, state_line, title
 from unlearn.launch.watch.files import Object, items, number, table
 from unlearn.launch.watch.sweep import Job, SweepView
 from unlearn.launch.watch.text import NONE, cell, joined, line, percent
 
 TASK = 22  # columns of an accuracy with its interval
-NAME, NARROW, WIDE = 20, 9, 13  # columns of a comparison's table
+NAME, NARROW = 20, 9  # columns of a comparison's table
 
 
 def draw_sweep(view: SweepView, width: int, height: int, now: float) -> list[Text]:
@@ -64,27 +64,22 @@ def draw_job(job: Job | None, width: int, works: bool) -> list[Text]:
     head = line(("now " if works else "stopped at ", "bold"), (job.place, "bold"), f" · {job.what}")
     if isinstance(job.view, AttackView):
         current = job.view.current
-        return [head, *accuracies(job.view, width, 1), *(at_work(current, width)[1:3] if current else [])]
+        return [head, *([*in_short(current.run, width)[:1], in_one_line(job.view, width)] if current else [])]
     return [head, *(in_short(job.view, width) if job.view is not None else [])]
 
 
 def draw_comparison(view: ComparisonView, width: int, height: int, now: float) -> list[Text]:
-    """The whole picture: what is at work before the table where not all fits."""
-    lines = [title("comparison", view.folder), state_line(view.state, now, "last sign")]
+    """The whole picture: what runs now in at most half of it, then the table."""
+    lines = [title("comparison", view.folder), state_line(view.state, now, "last sign"), line(overall(view))]
     lines += [line(("verdict ", "bold"), one) for one in view.verdict[:2]]
     if not view.before:
-        lines.append(line("now evaluating the original, before any run"))
-    lines += [line(overall(view))]
-    head = [line(), line((_columns("method", width), "bold"))]
-    between = line((cell("control", NAME), "bold"))
-    shown = [row_line(view, row, width, False) for row in view.methods]
-    shown += [between, *(row_line(view, row, width, True) for row in view.controls)]
-    below: list[Text] = []
+        lines.append(line("no run yet: the original is evaluated first"))
     works = view.state.word == "at work"
-    for job in view.jobs if view.state.word != "finished" else ():
-        below += [line(), *draw_job(job, width, works)]
-    room = height - len(lines) - len(head) - len(shown)
-    return [*lines, *head, *shown, *below[: max(0, room)]]
+    jobs = [one for job in view.jobs if view.state.word != "finished" for one in draw_job(job, width, works)]
+    lines += [line(), *jobs[: max(3, height // 2 - 4)]] if jobs else []
+    lines += [line(), line((_columns("method"), "bold"))]
+    lines += [row_line(view, row, False) for row in view.methods]
+    return [*lines, line(("control", "bold")), *(row_line(view, row, True) for row in view.controls)]
 
 
 def overall(view: ComparisonView) -> str:
@@ -105,18 +100,18 @@ def of(done: int, expected: int | None) -> str:
     return str(done) if expected is None else f"{done} of {expected}"
 
 
-def _columns(first: str, width: int) -> str:
+def _columns(first: str) -> str:
     cells = [cell("trials", NARROW), cell("models", NARROW), cell("attacks", NARROW), cell("failed", NARROW)]
     return cell(first, NAME) + "".join(cells) + "now"
 
 
-def row_line(view: ComparisonView, row: Row, width: int, control: bool) -> Text:
+def row_line(view: ComparisonView, row: Row, control: bool) -> Text:
     """One method or one control."""
     expected = max(row.models, view.seeds or 0) if not control else 1
     trials = "" if control else of(row.trials, view.trials)
     models = "" if control else of(row.trained, expected) if expected else NONE
     attacks = of(row.attacks, len(view.attackers) * expected) if expected and view.attackers else str(row.attacks)
-    lost = row.failed + row.lost
+    lost = row.failed + len(row.lost)
     cells = [cell(trials, NARROW), cell(models, NARROW), cell(attacks, NARROW)]
     return line(cell(row.name, NAME), *cells, (cell(str(lost or ""), NARROW), "red"), doing(view, row, control))
 
@@ -124,8 +119,9 @@ def row_line(view: ComparisonView, row: Row, width: int, control: bool) -> Text:
 def doing(view: ComparisonView, row: Row, control: bool) -> str:
     """What a row is at, or what its trials chose."""
     if row.jobs and view.state.word != "finished":
-        job = row.jobs[0]
-        return job.what if control else f"{job.what}, {' '.join(job.place.split()[1:])}"
+        return row.jobs[0].what
+    if row.lost:
+        return row.lost[0]
     values = table(row.chosen.get("values"))
     if values:
         chosen = " ".join(f"{flag} {value}" for flag, value in values.items())

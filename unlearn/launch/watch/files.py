@@ -1,23 +1,23 @@
 """Files that another program writes, read without a mistake: what is missing, damaged or half-written is nothing."""
 
 import json
-import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 Object = dict[str, Any]
 
 LONGEST = 1 << 20  # bytes of a line
+MOST = 1e100
 KNOWN = 256  # bytes before the place read up to, by which the same file is known again
 
 
 def number(value: object) -> float | None:
-    """A finite number, None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300:
+    """A number that one can count with, None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) else None
+    return float(value) if -MOST <= value <= MOST else None  # which NaN is not
 
 
 def count(value: object) -> int | None:
@@ -50,6 +50,11 @@ def written(file: Path) -> float | None:
         return file.stat().st_mtime
     except OSError:
         return None
+
+
+def latest(times: Iterable[float | None]) -> float | None:
+    """The last of those that are known."""
+    return max((time for time in times if time is not None), default=None)
 
 
 def parsed(content: bytes) -> Object | None:
@@ -102,12 +107,14 @@ class Tail:
         try:
             with self._file.open("rb") as stream:
                 if not self._same(stream):
-                    yield self._begin(os.fstat(stream.fileno()).st_ino)
+                    self._begin(os.fstat(stream.fileno()).st_ino)
+                    yield None
                 stream.seek(self._offset)
                 yield from self._whole(stream)
         except OSError:
             if self._offset:
-                yield self._begin(0)
+                self._begin(0)
+                yield None
 
     def _same(self, stream: Any) -> bool:
         """Whether the file goes on from where it was read up to."""

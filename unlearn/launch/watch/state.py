@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from unlearn.launch.watch.files import latest, written
 from unlearn.run.lock import LOCK
 from unlearn.run.signals import MARKER, PROC, alive
 
@@ -29,24 +30,30 @@ class State:
     written: float | None = None
 
 
-def state_of(folder: Path, finished: bool, written: float | None, now: float) -> State:
+def state_of(folder: Path, finished: bool, last_line: float | None, now: float) -> State:
     """The state of what is in `folder`.
 
     Args:
-        finished: whether it says of itself that it is. written: when it last wrote a line.
+        finished: whether it says of itself that it is. last_line: when it last wrote one.
     """
     holder = _holder(folder / LOCK)
-    if finished and not (holder is not None and here(holder)):
-        return State("finished", "", written)
+    if finished:
+        return State("finished", "", last_line)
     if holder is None:
         told = (folder / MARKER).exists()
-        return State("stopped", "told to; the same command goes on" if told else "", written)
+        return State("stopped", "told to; the same command goes on" if told else "", last_line)
     if here(holder) is False:
-        return State("stopped", f"{holder} has ended without a word", written)
-    last = written if written is not None else _made(folder / LOCK)
+        return State("stopped", f"{holder} has ended without a word", last_line)
+    last = latest([last_line, written(folder / LOCK)])
     if here(holder) is None and last is not None and now - last > SILENT:
-        return State("silent", f"{holder} may have ended", written)
-    return State("at work", holder, written)
+        return State("silent", f"{holder} may have ended", last_line)
+    return State("at work", holder, last_line)
+
+
+def held(folder: Path) -> bool:
+    """Whether a process is at work in `folder`, as far as that can be seen: what has ended may have been begun again."""
+    holder = _holder(folder / LOCK)
+    return holder is not None and here(holder) is not False
 
 
 def here(holder: str) -> bool | None:
@@ -65,12 +72,5 @@ def _holder(lock: Path) -> str | None:
     try:
         with lock.open("rb") as stream:
             return stream.read(200).decode("utf-8", errors="replace") or "a process that has just started"
-    except OSError:
-        return None
-
-
-def _made(file: Path) -> float | None:
-    try:
-        return file.stat().st_mtime
     except OSError:
         return None

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from unlearn.launch.report.sweep_record import NOT_ENDED
 from unlearn.launch.watch.attack import AttackView
-from unlearn.launch.watch.files import Object, Objects, Tail, items, names, table, written
+from unlearn.launch.watch.files import Object, Objects, Tail, items, latest, names, table, written
 from unlearn.launch.watch.run import RunReader, RunView
-from unlearn.launch.watch.state import State, state_of
+from unlearn.launch.watch.state import State, held, state_of
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,13 @@ class Job:
 
     Attributes:
         place: whose it is, e.g. a trial's name. what: it does, e.g. "training".
-        view: of its run or attack; None where it has none.
+        view: of its run or attack; None where it has none. written: when its log was last written.
     """
 
     place: str
     what: str
-    view: "RunView | AttackView | None" = None
+    view: RunView | AttackView | None = None
+    written: float | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class SweepReader:
         chosen = self._objects.read(self._folder / "best.json")
         outcome = str(chosen.get("outcome") or NOT_ENDED)
         job = self._job(now)
-        state = self._state(outcome != NOT_ENDED, job, now)
+        state = self._state(outcome != NOT_ENDED and not held(self._folder), job, now)
         ended = state.word == "finished"
         values = [len(str(part).partition("=")[2].split(",")) for part in items(flags.get("grid"))]
         return SweepView(
@@ -69,10 +70,8 @@ class SweepReader:
         )  # fmt: skip
 
     def _state(self, finished: bool, job: Job | None, now: float) -> State:
-        times = [written(self._folder / "trials.jsonl")]
-        if job is not None and job.view is not None:
-            times.append(job.view.state.written)
-        return state_of(self._folder, finished, max((time for time in times if time), default=None), now)
+        times = [written(self._folder / "trials.jsonl"), None if job is None else job.written]
+        return state_of(self._folder, finished, latest(times), now)
 
     def _job(self, now: float) -> Job | None:
         """The trial that was begun last, if it has no line yet."""
@@ -80,11 +79,13 @@ class SweepReader:
         begun = [name for name in names(self._folder / "trials") if name not in ended]
         if not begun:
             before = any((self._folder / "before").rglob("results_*.json"))
-            return None if before or self._trials else Job("before any trial", "evaluating the model")
+            log = written(self._folder / "before" / "all.log")
+            return None if before or self._trials else Job("before any trial", "evaluating the model", None, log)
         name = begun[-1]
         folder = self._folder / "trials" / name
         if self._run is None or self._run[0] != name:
             self._run = name, RunReader(folder / "run", self._objects)
         view = self._run[1].look(now)
         trained = view.recorded.get("finished") is True
-        return Job(name, "evaluating" if trained else "training", view)
+        logs = latest(written(folder / log) for log in names(folder) if log.endswith(".log"))
+        return Job(name, "evaluating" if trained else "training", view, latest([logs, view.state.written]))

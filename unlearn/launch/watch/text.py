@@ -33,6 +33,11 @@ def one_line(words: str) -> str:
     return printable(" ".join(words.split()) if "\n" in words or "\t" in words or "\r" in words else words)
 
 
+def in_ascii(words: str) -> str:
+    """`words` for a terminal that knows no other characters; as many of them."""
+    return words.translate(PLAIN).encode("ascii", "replace").decode()
+
+
 def joined(parts: Sequence[str]) -> str:
     """Those parts that say something."""
     return " · ".join(part for part in parts if part)
@@ -78,7 +83,7 @@ def bar(share: float, width: int) -> str:
 
 def span(seconds: float) -> str:
     """A time in words, to two units."""
-    whole = max(0, int(seconds))
+    whole = int(max(0.0, min(seconds, 1e12)))
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:
