@@ -29,12 +29,19 @@ def watch(config: WatchConfig) -> None:
         raise UserError("expected rich for the live view; found none: pip install 'unlearn[watch]'")
     from unlearn.launch.watch.look import Watcher
 
-    watcher = Watcher(Path(config.folder).expanduser())
+    watcher = Watcher(_folder(config.folder))
     screen = sys.stdout.isatty()
     console = _console(screen)
     if screen and not config.once and not console.is_dumb_terminal:
         _live(watcher, console, config.seconds)
     _show(console, watcher.look(time.time()), console.height if screen else 1000)
+
+
+def _folder(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"expected the path of a folder; found no home folder for {path!r}: check it") from None
 
 
 def _console(screen: bool) -> "Console":

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from unlearn.errors import UserError
 from unlearn.launch.watch.attack import AttackReader
-from unlearn.launch.watch.files import Object, Objects, count, items, latest, names, table, written
+from unlearn.launch.watch.files import Object, Objects, count, evaluated, items, latest, names, table, written
 from unlearn.launch.watch.run import RunReader
 from unlearn.launch.watch.state import State, held, state_of
 from unlearn.launch.watch.sweep import Job
@@ -89,7 +89,7 @@ class ComparisonReader:
             trials=max(tried, default=0) or count(settings.get("trials")),
             seeds=count(settings.get("seeds")),
             attackers=attackers_of(flags),
-            before=any((self._folder / "before").rglob("results_*.json")),
+            before=evaluated(self._folder / "before"),
             verdict=[str(one) for one in items(found.get("verdict"))] if state.word == "finished" else [],
         )
 

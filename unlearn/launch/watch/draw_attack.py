@@ -30,8 +30,7 @@ def alone(attack: Attack, width: int) -> list[Text]:
     """The only attack of a grid, with everything that a run shows, its accuracies first."""
     run = attack.run
     said = [line(("diverged", "bold red"))] if attack.diverged else []
-    measured = evaluation(run, width)
-    return [*progress(run, width), *said, line(), *measured, line(), *losses(run, width), settings(run)]
+    return [*progress(run, width), *said, line(), *evaluation(run, width), line(), *losses(run, width), settings(run)]
 
 
 def at_work(attack: Attack, width: int) -> list[Text]:
@@ -43,7 +42,9 @@ def in_one_line(view: AttackView, width: int) -> Text:
     """The accuracies of the attack at work, as a part of something greater."""
     tasks = [*view.hazard[:1], *view.general[:1]]
     run = view.current.run if view.current is not None else None
-    found = [f"{task} {change(course(run, task), width // 2 - len(task) - 2)}" for task in tasks if run is not None]
+    found = [
+        f"{task} {change(course(run, task), min(48, width // 2 - len(task) - 2))}" for task in tasks if run is not None
+    ]
     return line(" ".join(found))
 
 
@@ -69,7 +70,7 @@ def row(attack: Attack, tasks: Sequence[str], label: int, wide: int, hazard: Seq
     """One attack."""
     run = attack.run
     far = "diverged" if attack.diverged else str(run.done) if run.total is None else f"{run.done} of {run.total}"
-    parts = [cell(f"{attack.subject} {attack.name}", label), cell(far, STEP)]
+    parts = [cell(f"{attack.subject} {attack.name}", label - 1), " ", cell(far, STEP)]
     styled = [(change(course(run, task), wide), "red" if task in hazard else "green") for task in tasks]
     return line(*parts, *styled)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.text import Text
 
 from unlearn.launch.watch.files import Object, count, items, number, table
-from unlearn.launch.watch.run import RunView
+from unlearn.launch.watch.run import ACCURACY, RunView
 from unlearn.launch.watch.state import State
 from unlearn.launch.watch.text import (
     NONE,
@@ -51,7 +51,7 @@ def about(config: Object, attempt: Object, attempts: int) -> str:
     trained = f"LoRA of rank {rank}" if rank else f"full, of {train}" if train else "full"
     parts = [str(config.get("model", "")), trained, str(config.get("optimizer", "")), str(config.get("dtype", ""))]
     parts.append("" if ranks is None else f"{ranks} rank{'s' * (ranks != 1)}")
-    parts += [str(attempt.get("device", "")), f"start {attempts}" if attempts > 1 else ""]
+    parts += [f"start {attempts}" if attempts > 1 else "", str(attempt.get("device", ""))]
     return joined(parts) if config else "reading models and texts; no step yet"
 
 
@@ -131,18 +131,18 @@ def evaluation(view: RunView, width: int) -> list[Text]:
         return []
     asked = [str(task) for task in items(view.config.get("eval_tasks"))] or list(view.tasks)
     tasks = [task for task in asked if task in view.tasks] or asked
+    label = max([LABEL, *(min(28, len(one_line(task)) + 1) for task in tasks)])
     lines = [line((f"accuracy after step {view.measured:,}, 95 % interval", "bold"))]
-    return lines + [accuracy(view, task, width) for task in tasks]
+    return lines + [accuracy(view, task, label, width) for task in tasks]
 
 
-def accuracy(view: RunView, task: str, width: int) -> Text:
+def accuracy(view: RunView, task: str, label: int, width: int) -> Text:
     """A line of a task."""
-    numbers, course = table(view.tasks.get(task)), view.courses.get(f"{task}/acc", ())
+    numbers, course = table(view.tasks.get(task)), view.courses.get(f"{task}{ACCURACY}", ())
     acc = number(numbers.get("acc"))
     shown = percent(acc if acc is not None else course[-1] if course else None)
-    label = max(LABEL, min(28, len(one_line(task)) + 1))
     spread = f"{interval(numbers)} of {count(numbers.get('questions')) or NONE}"
-    drawn = sparkline(course, max(8, width - label - 42), 0.0, 1.0) if len(course) > 1 else ""
+    drawn = sparkline(course, max(8, width - label - 36), 0.0, 1.0) if len(course) > 1 else ""
     return line(cell(task, label), cell(shown, 8, right=True), "  ", cell(spread, 24), " ", (drawn, "magenta"))
 
 

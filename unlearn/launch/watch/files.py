@@ -44,6 +44,12 @@ def names(folder: Path) -> list[str]:
         return []
 
 
+def evaluated(folder: Path) -> bool:
+    """Whether evals/run.py has written its results to a folder."""
+    places = [folder, *(folder / name for name in names(folder))]
+    return any(name.startswith("results_") for place in places for name in names(place))
+
+
 def written(file: Path) -> float | None:
     """When a file was last written, in seconds; None where there is none."""
     try:

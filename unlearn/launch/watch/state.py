@@ -51,7 +51,7 @@ def state_of(folder: Path, finished: bool, last_line: float | None, now: float) 
 
 
 def held(folder: Path) -> bool:
-    """Whether a process is at work in `folder`, as far as that can be seen: what has ended may have been begun again."""
+    """Whether a process is at work in `folder`, as far as one sees: what has ended may have been begun again."""
     holder = _holder(folder / LOCK)
     return holder is not None and here(holder) is not False
 

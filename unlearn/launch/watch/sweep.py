@@ -6,7 +6,7 @@ from pathlib import Path
 
 from unlearn.launch.report.sweep_record import NOT_ENDED
 from unlearn.launch.watch.attack import AttackView
-from unlearn.launch.watch.files import Object, Objects, Tail, items, latest, names, table, written
+from unlearn.launch.watch.files import Object, Objects, Tail, evaluated, items, latest, names, table, written
 from unlearn.launch.watch.run import RunReader, RunView
 from unlearn.launch.watch.state import State, held, state_of
 
@@ -78,7 +78,7 @@ class SweepReader:
         ended = {str(trial.get("trial")) for trial in self._trials}
         begun = [name for name in names(self._folder / "trials") if name not in ended]
         if not begun:
-            before = any((self._folder / "before").rglob("results_*.json"))
+            before = evaluated(self._folder / "before")
             log = written(self._folder / "before" / "all.log")
             return None if before or self._trials else Job("before any trial", "evaluating the model", None, log)
         name = begun[-1]
