@@ -403,7 +403,7 @@ def test_a_folder_that_becomes_another(tmp_path: Path) -> None:
     ("make", "words"),
     [
         (lambda place: None, "found nothing at"),
-        (lambda place: place.symlink_to(place), "found 'Too many levels"),
+        (lambda place: place.symlink_to(place), "found nothing at"),
         (lambda place: place.write_text(""), "found the file"),
         (lambda place: place.mkdir(), "found nothing in"),
         (lambda place: write(place / "config.json", {"model_type": "gpt_neox"}), "found 'config.json'"),

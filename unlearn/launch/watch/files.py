@@ -10,7 +10,7 @@ Object = dict[str, Any]
 
 LONGEST = 1 << 20  # bytes of a line
 MOST = 1e100
-KNOWN = 256  # bytes before the place read up to, by which the same file is known again
+KNOWN = 256  # bytes at the end of the last line read, by which the same file is known again
 
 
 def number(value: object) -> float | None:
@@ -139,7 +139,7 @@ class Tail:
             if not line.endswith(b"\n") and len(line) < LONGEST:
                 return  # half-written
             self._offset += len(line)
-            self._before = (self._before + line[-KNOWN:])[-KNOWN:]
+            self._before = line[-KNOWN:]
             found = parsed(line)
             if found is not None:
                 yield found

@@ -11,6 +11,7 @@ from unlearn.launch.watch.state import State, state_of
 
 RECENT = 32  # lines that the rate is read from
 ACCURACY = "/acc"  # how the names of accuracies end in metrics.jsonl
+DRAWN = ("loss", "gradient_norm", ACCURACY)  # and of what is drawn over the whole run
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,11 @@ class RunReader:
             seconds = number(line.get("seconds"))
             if seconds is not None:
                 self._recent.append((step, seconds, number(line.get("tokens_per_second"))))
-        for name, value in line.items():
-            found = number(value)
-            if name.endswith(ACCURACY):
-                self._measured = step
-            if found is not None and (name in ("loss", "gradient_norm") or name.endswith(("_loss", ACCURACY))):
+        for name in line:
+            if name.endswith(DRAWN) and (found := number(line[name])) is not None:
                 self._courses.setdefault(name, Series()).add(found)
+                if name.endswith(ACCURACY):
+                    self._measured = step
 
     def _done(self) -> int:
         step = count(self._last.get("step"))

@@ -2,21 +2,15 @@
 
 
 class Series:
-    """Values of a number, one after the other; neighbours are averaged once there are `most` of them.
-
-    Attributes:
-        last: the newest value.
-    """
+    """Values of a number, one after the other; neighbours are averaged once there are `most` of them."""
 
     def __init__(self, most: int = 512):
-        self.last: float | None = None
         self._means: list[float] = []
         self._most, self._each = most, 1  # values of a mean
         self._sum, self._count = 0.0, 0
 
     def add(self, value: float) -> None:
         """The next value."""
-        self.last = value
         self._sum, self._count = self._sum + value, self._count + 1
         if self._count < self._each:
             return
