@@ -293,8 +293,9 @@ def test_attacks_that_are_expected() -> None:
 
 def test_a_sweep(sweep: Path) -> None:
     text = picture(sweep)
-    assert "trials 2 done · 1 failed · 1 running · 6 points · target wmdp_bio<=0.3" in text
-    assert re.search(r"best so far\n1: adam-lr 1e-4 remove-coef 2 seed 0 +40.0 % \[30.0, 50.0\] +push harder", text)
+    assert "trials 2 done · 1 failed · 1 running · 6 points of the grid\ntarget wmdp_bio<=0.3" in text
+    best = r"best so far --adam-lr 1e-4 --remove-coef 2 --seed 0\n1: 1e-4 2 0 +40.0 % \[30.0, 50.0\] +push harder"
+    assert re.search(best, text), text
     assert "failed: no memory" in text and "now 003-c · training\nstep 20 of 40" in text
     write(sweep / "trials/003-c/run/run.json", {"finished": True})
     assert "003-c · evaluating" in picture(sweep)

@@ -18,30 +18,43 @@ NAME, NARROW = 20, 9  # columns of a comparison's table
 
 def draw_sweep(view: SweepView, width: int, height: int, now: float) -> list[Text]:
     """The whole picture: the last trials where not all fit."""
-    failed = sum(trial.get("state") == "failed" for trial in view.trials)
-    running = view.job is not None and view.state.word == "at work"
-    counts = [f"trials {len(view.trials)} done", f"{failed} failed", f"{int(running)} running", f"{view.points} points"]
-    lines = [title("sweep", view.folder), state_line(view.state, now, "last sign")]
-    lines += [line(joined([*counts, f"target {', '.join(map(str, items(view.flags.get('target'))))}"]))]
+    works = view.state.word == "at work"
+    lines = [title("sweep", view.folder), state_line(view.state, now, "last sign"), line(counts(view, works))]
+    lines.append(line(f"target {', '.join(map(str, items(view.flags.get('target'))))}"))
     lines += [line((view.outcome, "bold"))] if view.outcome else []
-    tasks = [str(task) for task in items(view.flags.get("tasks"))][: max(1, (width - 44) // TASK)]
+    tasks = [str(task) for task in items(view.flags.get("tasks"))][: max(1, (width - 33) // TASK)]
     if view.best:
-        lines += [line(("best so far", "bold")), trial_line(view.best, tasks, width)]
-    below = draw_job(view.job, width, view.state.word == "at work")
+        lines += [line(("best so far ", "bold"), setting(view.best)), trial_line(view.best, tasks, width)]
+    below = draw_job(view.job, width, works)
     rows = max(1, height - len(lines) - len(below) - 3)
-    lines += [line(), heading(tasks, width), *(trial_line(one, tasks, width) for one in view.trials[-rows:])]
+    lines += [line(), heading(view, tasks, width), *(trial_line(one, tasks, width) for one in view.trials[-rows:])]
     return [*lines, *([line(), *below] if below else [])]
 
 
-def heading(tasks: Sequence[str], width: int) -> Text:
+def counts(view: SweepView, works: bool) -> str:
+    """Trials that ended, failed, run; points of the grid."""
+    failed = sum(trial.get("state") == "failed" for trial in view.trials)
+    running = int(view.job is not None and works)
+    return f"trials {len(view.trials)} done · {failed} failed · {running} running · {view.points} points of the grid"
+
+
+def setting(trial: Object) -> str:
+    """The flags of a trial."""
+    values = (f"--{flag} {value}" for flag, value in table(trial.get("values")).items())
+    return " ".join([*values, f"--seed {trial.get('seed', NONE)}"])
+
+
+def heading(view: SweepView, tasks: Sequence[str], width: int) -> Text:
     """Of the table of trials."""
-    return line((cell("trial", _setting(tasks, width)) + "".join(cell(task, TASK) for task in tasks) + "state", "bold"))
+    flags = " ".join(str(part).partition("=")[0] for part in items(view.flags.get("grid")))
+    start = cell(f"trial: {flags} seed", _label(tasks, width) - 1) + " "
+    return line((start + "".join(cell(task, TASK) for task in tasks) + "state", "bold"))
 
 
 def trial_line(trial: Object, tasks: Sequence[str], width: int) -> Text:
     """One trial that ended: its values, its accuracies, what it calls for."""
-    values = " ".join(f"{flag} {value}" for flag, value in table(trial.get("values")).items())
-    start = cell(f"{trial.get('number', NONE)}: {values} seed {trial.get('seed', NONE)}", _setting(tasks, width))
+    values = " ".join([*map(str, table(trial.get("values")).values()), str(trial.get("seed", NONE))])
+    start = cell(f"{trial.get('number', NONE)}: {values}", _label(tasks, width) - 1) + " "
     state, found = str(trial.get("state", NONE)), table(trial.get("accuracies"))
     if state == "failed":
         return line(start, (f"failed: {trial.get('reason', '')}", "red"))
@@ -49,8 +62,9 @@ def trial_line(trial: Object, tasks: Sequence[str], width: int) -> Text:
     return line(start, cells, (state, "green" if state == "met" else ""))
 
 
-def _setting(tasks: Sequence[str], width: int) -> int:
-    return max(16, min(60, width - TASK * len(tasks) - 13))
+def _label(tasks: Sequence[str], width: int) -> int:
+    """Columns of a trial's number and values."""
+    return max(16, min(48, width - TASK * len(tasks) - 13))
 
 
 def _accuracy(numbers: Object) -> str:
