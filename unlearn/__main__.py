@@ -3,7 +3,10 @@
 import importlib
 import inspect
 import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, make_dataclass
+from operator import itemgetter
 from typing import Annotated, Any, Literal, Union
 
 import tyro
@@ -13,6 +16,7 @@ from unlearn.config_file import with_file
 from unlearn.errors import run_command
 from unlearn.fit_config import FitLensConfig
 from unlearn.launch.report.config import ReportConfig
+from unlearn.launch.watch.config import WatchConfig
 from unlearn.plan_config import PlanConfig
 from unlearn.run.signals import EarlyStop
 from unlearn.sample_config import SampleConfig
@@ -58,79 +62,50 @@ class RealConfig:
     """Replace an earlier one in --output."""
 
 
-def _commands(words: list[str]) -> Any:
-    """The commands with their flags; those of `plan` are of the method that `words` name.
+# The other commands: their flags, and the function that takes them.
+HERE = {
+    "fit-lens": (FitLensConfig, "unlearn.fit_lens", "fit_lens"),
+    "plan": (PlanConfig, "unlearn.plan", "plan"),
+    "real": (RealConfig, "unlearn.world.real", "write_real"),
+    "report": (ReportConfig, "unlearn.launch.report", "write_report"),
+    "sample": (SampleConfig, "unlearn.sample", "sample"),
+    "track": (TrackConfig, "unlearn.run.track", "track"),
+    "watch": (WatchConfig, "unlearn.launch.watch", "watch"),
+    "world": (WorldConfig, "unlearn.world.build", "write_world"),
+}
 
-    Those of `ELSEWHERE` are listed alone: `main` calls them before any flag is read.
-    """
-    here: dict[str, tuple[Any, str | None]] = {
-        "fit-lens": (FitLensConfig, None),
-        "plan": (config_of(named_method(words), PlanConfig), inspect.getdoc(PlanConfig)),
-        "real": (RealConfig, None),
-        "report": (ReportConfig, None),
-        "sample": (SampleConfig, None),
-        "track": (TrackConfig, None),
-        "world": (WorldConfig, None),
-    }
-    every = {name: (make_dataclass(name, []), words) for name, (_, words) in ELSEWHERE.items()} | here
-    named = (Annotated[flags, tyro.conf.subcommand(name, description=words)] for name, (flags, words) in every.items())
+
+def flags_of_command(name: str, words: Sequence[str]) -> type[Any]:
+    """The flags of a command of `HERE`; those of `plan` are of the method that `words` name."""
+    return config_of(named_method(words), PlanConfig) if name == "plan" else HERE[name][0]
+
+
+def _commands(words: Sequence[str]) -> Any:
+    """All commands with their flags. Those of `ELSEWHERE` are listed alone: `main` calls them before any is read."""
+    every = [(name, make_dataclass(name, []), text) for name, (_, text) in ELSEWHERE.items()]
+    every += [(name, flags_of_command(name, words), inspect.getdoc(flags)) for name, (flags, *_) in HERE.items()]
+    named = (
+        Annotated[flags, tyro.conf.subcommand(name, description=text)]
+        for name, flags, text in sorted(every, key=itemgetter(0))
+    )
     return Union[*named]
 
 
-def _with_file(words: list[str]) -> list[str]:
-    """The command's words with those of its --config, where it has flags that a file can give."""
-    plain = {"fit-lens": FitLensConfig, "report": ReportConfig, "sample": SampleConfig}
-    if words[:1] == ["plan"]:
-        return ["plan", *with_file(words[1:], lambda words: config_of(named_method(words), PlanConfig))]
-    if words[:1] and words[0] in plain:
-        return [words[0], *with_file(words[1:], lambda _: plain[words[0]])]
-    return words
-
-
 def main() -> None:
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    name, words = sys.argv[1] if len(sys.argv) > 1 else "", sys.argv[2:]
     if name in ELSEWHERE:
-        sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]  # the program, as its messages and `typed_command` know it
+        sys.argv = [f"{sys.argv[0]} {name}", *words]  # the program, as its messages and `typed_command` know it
         importlib.import_module(ELSEWHERE[name][0]).main()
         return
-    words = _with_file(sys.argv[1:])
-    command: FitLensConfig | PlanConfig | RealConfig | ReportConfig | SampleConfig | TrackConfig | WorldConfig = (
-        parse_flags(_commands(words), words)
-    )
-    if isinstance(command, FitLensConfig):
-        with EarlyStop(command.output):
-            from unlearn.fit_lens import fit_lens
-
-            fit_lens(command)
-    elif isinstance(command, PlanConfig):
-        from unlearn.plan import plan
-
-        plan(command)
-    elif isinstance(command, RealConfig):
-        from unlearn.world.real import write_real
-
-        write_real(command.output, seed=command.seed, overwrite=command.overwrite)
-    elif isinstance(command, ReportConfig):
-        from unlearn.launch.report import write_report
-
-        write_report(command)
-    elif isinstance(command, SampleConfig):
-        from unlearn.sample import sample
-
-        sample(command)
-    elif isinstance(command, TrackConfig):
-        from unlearn.run.track import track
-
-        track(command)
-    else:
-        from unlearn.world.build import write_world
-
-        write_world(
-            command.output,
-            seed=command.seed,
-            overwrite=command.overwrite,
-            train=command.train,
-        )
+    if name in HERE and hasattr(HERE[name][0], "config"):
+        words = with_file(words, lambda words: flags_of_command(name, words))
+    config = parse_flags(_commands(words), [*sys.argv[1:2], *words])
+    with EarlyStop(config.output) if name == "fit-lens" else nullcontext():
+        function = getattr(importlib.import_module(HERE[name][1]), HERE[name][2])
+        if isinstance(config, RealConfig | WorldConfig):
+            function(**vars(config))
+        else:
+            function(config)
 
 
 def entry() -> None:

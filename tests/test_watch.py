@@ -1,0 +1,518 @@
+"""The live view: what it says is what the files say, and no file can break it."""
+
+import importlib.util
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from evals_support import question, write_wmdp
+from report_support import numbers, write
+from test_commands import ROOT, flags, run
+
+from unlearn.assemble import build
+from unlearn.config import TrainConfig, parse_method_flags
+from unlearn.errors import UserError
+from unlearn.evals.attack.config import read_attacks
+from unlearn.evals.tamper import attack_folder
+from unlearn.evals.train import run as train
+from unlearn.launch.watch import files, watch
+from unlearn.launch.watch.attack import expected, roles
+from unlearn.launch.watch.config import WatchConfig
+from unlearn.launch.watch.draw import draw
+from unlearn.launch.watch.files import Objects, Tail, number
+from unlearn.launch.watch.look import Nothing, Watcher
+from unlearn.launch.watch.run import RunReader, RunView, planned_steps
+from unlearn.launch.watch.series import Series
+from unlearn.launch.watch.text import bar, cell, line, span, sparkline
+
+CONFIG: dict[str, Any] = {
+    "method": "simnpo", "model": "base/model", "forget": "f", "retain": "r", "lora_rank": 4, "optimizer": "adamw",
+    "dtype": "bf16", "steps": 40, "examples": 64, "batch": 8, "epochs": 1, "eval_tasks": ["wmdp_bio"],
+}  # fmt: skip
+ATTEMPT = {"ranks": 4, "device": "4 x H100", "command": "python train.py"}
+SIZES = ((80, 24), (200, 60), (30, 6))
+
+
+def step_line(step: int, **more: Any) -> dict[str, Any]:
+    line = {"step": step, "loss": 3.0 - step / 100, "forget_loss": 2.0, "retain_loss": 0.125, "gradient_norm": 0.5}
+    rates = {"adamw_lr": 1e-4, "tokens_per_second": 1000.0, "tflops_per_rank": 321.5, "seconds": 10.0 + 2 * step}
+    return line | rates | more
+
+
+def append(folder: Path, *lines: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps(one) + "\n" for one in lines))
+
+
+def make_run(folder: Path, steps: int = 10, finished: bool = False, **config: Any) -> Path:
+    write(folder / "config.json", CONFIG | config)
+    write(folder / "run.json", {"identity": {}, "finished": finished, "attempts": [ATTEMPT]})
+    append(folder, {"step": 0, "wmdp_bio/acc": 0.75, "seconds": 1.0}, *map(step_line, range(steps)))
+    return folder
+
+
+def measure(folder: Path, step: int, **accuracies: float) -> None:
+    write(folder / f"evals/step-{step:06d}.json", {task: numbers(acc) for task, acc in accuracies.items()})
+    append(folder, {"step": step, **{f"{task}/acc": acc for task, acc in accuracies.items()}, "seconds": 40.0})
+
+
+def lock(folder: Path, process: int | None = None, host: str | None = None) -> None:
+    (folder / "lock").write_text(f"process {process or os.getpid()} on {host or socket.gethostname()}")
+
+
+def picture(folder: Path, width: int = 100, height: int = 1000, now: float | None = None) -> str:
+    view = Watcher(folder).look(time.time() if now is None else now)
+    return "\n".join(one.plain for one in draw(view, width, height, now))
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Two trials ended, one of them with an error; the third is being trained."""
+    folder = tmp_path / "sweep"
+    grid = ["adam-lr=1e-4,1e-3", "remove-coef=2,3,5"]
+    write(folder / "sweep.json", {"grid": grid, "target": ["wmdp_bio<=0.3"], "tasks": ["wmdp_bio"], "seeds": 3})
+    values = {"adam-lr": "1e-4", "remove-coef": "2"}
+    best = {"trial": "001-a", "number": 1, "values": values, "seed": 0, "state": "push harder"}
+    best |= {"accuracies": {"wmdp_bio": numbers(0.4)}}
+    lost = {"trial": "002-b", "number": 2, "values": values, "seed": 0, "state": "failed", "reason": "no memory"}
+    (folder / "trials.jsonl").write_text(json.dumps(best) + "\n" + json.dumps(lost) + "\n")
+    write(folder / "best.json", {"outcome": "The sweep is not at its end.", "best": best})
+    for name in ("001-a", "002-b"):
+        make_run(folder / f"trials/{name}/run", finished=True)
+    make_run(folder / "trials/003-c/run", steps=20)
+    lock(folder)
+    lock(folder / "trials/003-c/run")
+    return folder
+
+
+@pytest.fixture
+def attack(tmp_path: Path) -> Path:
+    """Two of four attacks ended, one of them diverged; the third is at work."""
+    folder = tmp_path / "attack"
+    grid = {"grid": ["adam-lr=1e-3,3e-3"], "control": ["random"], "hazard_tasks": [], "general_tasks": []}
+    tasks = {"eval_tasks": ["wmdp_bio", "mmlu_stem"], "method": "next-token"}
+    write(folder / "config.json", CONFIG | grid | tasks)
+    for place in ("unlearned/adam-lr=1e-3", "unlearned/adam-lr=3e-3", "random/adam-lr=1e-3"):
+        one = make_run(folder / "attacks" / place, steps=20, **tasks)
+        measure(one, 10, wmdp_bio=0.3, mmlu_stem=0.5)
+        measure(one, 20, wmdp_bio=0.625, mmlu_stem=0.4)
+    write(folder / "attacks/unlearned/adam-lr=1e-3/curve.json", {"points": [], "diverged": None})
+    write(folder / "attacks/unlearned/adam-lr=3e-3/curve.json", {"points": [], "diverged": "NaN"})
+    lock(folder)
+    return folder
+
+
+@pytest.fixture
+def comparison(tmp_path: Path, attack: Path) -> Path:
+    """lens: chosen, its first seed attacked once and under the second attack; rmu: in its second trial; a control."""
+    folder = tmp_path / "compare"
+    write(folder / "comparison.json", {"attackers": [], "attacker_set": "usual", "attack_steps": 160})
+    write(folder / "before/x/results_1.json", {})
+    lens, rmu, reset = folder / "methods/lens", folder / "methods/rmu", folder / "controls/reset"
+    trials = [{"number": one, "values": {"adam-lr": "1e-3"}, "hazard": 0.3} for one in (1, 2)]
+    write(lens / "chosen.json", {"values": {"adam-lr": "1e-3"}, "within": True, "trials": trials, "why": "least"})
+    for trial in trials:
+        write(lens / f"trials/0{trial['number']}-x/trial.json", trial)
+    write(rmu / "trials/01-x/trial.json", {"number": 1, "failed": "no memory"})
+    seed = lens / "seed-1-x"
+    make_run(seed / "run", finished=True)
+    write(seed / "attacks/full-1e-3/attack.json", {})
+    attack.rename(seed / "attacks/lora-16")
+    make_run(rmu / "trials/02-y/run", steps=5)
+    for place, log in ((seed, "train"), (seed, "attack-full-1e-3"), (seed, "attack-lora-16"), (reset, "train")):
+        write(place / f"{log}.log", "")
+    write(rmu / "trials/02-y/train.log", "")
+    (reset / "train.failed").write_text("nothing to reset\n")
+    lock(folder)
+    return folder
+
+
+def test_a_run_at_work(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", steps=10)
+    measure(folder, 10, wmdp_bio=0.375)
+    lock(folder)
+    text = picture(folder, now=(folder / "metrics.jsonl").stat().st_mtime + 65)
+    for words in (
+        "simnpo", "base/model · LoRA of rank 4 · adamw · bf16 · 4 ranks · 4 x H100", "at work", "1 min 05 s ago",
+        f"process {os.getpid()}", "step 10 of 40", "25 %", "1 min 00 s left · 1,000 tokens a second · 2 s a step",
+        "learning rate adamw 0.0001", "322 TFLOP/s a rank", "accuracy after step 10", "37.5 %  [27.5, 47.5] of 40",
+    ):  # fmt: skip
+        assert words in text, text
+    assert re.search(r"^loss +2.91 +█.*▁$", text, re.M) and re.search(r"^gradient norm +0.5 +▄+$", text, re.M)
+
+
+@pytest.mark.parametrize(
+    ("process", "host", "age", "words"),
+    [
+        (None, None, 5000, "at work"),  # a long evaluation, but its process is alive
+        (2**22 + 1, None, 3, "stopped · .* has ended without a word"),
+        (7, "node3", 3, "at work · .* process 7 on node3"),
+        (7, "node3", 700, "silent · .* process 7 on node3 may have ended"),
+    ],
+)
+def test_states_of_a_lock(tmp_path: Path, process: int | None, host: str | None, age: int, words: str) -> None:
+    folder = make_run(tmp_path / "run")
+    lock(folder, process, host)
+    text = picture(folder, now=(folder / "metrics.jsonl").stat().st_mtime + age)
+    assert re.search(words, text), text
+    assert (" left" in text) is ("at work" in text)
+
+
+def test_states_without_a_lock(tmp_path: Path) -> None:
+    stopped = make_run(tmp_path / "stopped")
+    assert "stopped · last line" in picture(stopped)
+    (stopped / "PREEMPTED").touch()
+    assert "told to; the same command goes on" in picture(stopped)
+    finished = make_run(tmp_path / "finished", finished=True)
+    text = picture(finished)
+    assert "finished" in text and "step 10 of 10" in text, "a budget of damage may have ended it early"
+
+
+def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
+    """The lock comes first, then run.json and config.json, then the log; run.json alone is no run's."""
+    lock(tmp_path)
+    assert "no step yet" in picture(tmp_path) and "at work · no last line yet" in picture(tmp_path)
+    write(tmp_path / "config.json", CONFIG)
+    assert "step 0 of 40" in picture(tmp_path)
+    append(tmp_path)
+    assert "no step yet" in picture(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "steps"),
+    [
+        ({"steps": 40}, (40, False)),
+        ({"steps": None}, (8, True)),
+        ({"steps": None, "epochs": 3, "batch": 100}, (3, True)),
+        ({"steps": 40, "repair_steps": 10}, (50, False)),
+        ({"steps": 40, "layers_order": "back-to-front", "layers": [1, 2, 3]}, (120, False)),
+        ({"steps": 40, "layers_order": "together", "layers": [1, 2, 3]}, (40, False)),
+        ({"method": "reset"}, (0, False)),
+        ({"steps": None, "batch": 0}, (None, False)),
+        ({"steps": "many", "examples": None}, (None, False)),
+    ],
+)
+def test_steps_that_are_planned(config: dict[str, Any], steps: tuple[int | None, bool]) -> None:
+    assert planned_steps(CONFIG | config) == steps
+
+
+def test_lines_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A half-written line counts once it is whole; a run of 100,000 steps costs no more a look than one of ten."""
+    folder = make_run(tmp_path / "run", steps=200)
+    reader, parsed = RunReader(folder, Objects()), []
+    monkeypatch.setattr(files, "parsed", lambda content: parsed.append(content) or json.loads(content))
+    assert reader.look(0.0).done == 200 and len(parsed) == 201 + 2
+    parsed.clear()
+    whole = json.dumps(step_line(200)) + "\n"
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(whole[:30])
+        file.flush()
+        assert reader.look(0.0).done == 200
+        file.write(whole[30:])
+    assert reader.look(0.0).done == 201 and len(parsed) == 1
+
+
+def test_a_log_that_was_cut_or_replaced(tmp_path: Path) -> None:
+    """A run goes on from its checkpoint: the log is cut there, and may be longer than before at the next look."""
+    folder = make_run(tmp_path / "run", steps=30)
+    reader, log = RunReader(folder, Objects()), folder / "metrics.jsonl"
+    assert reader.look(0.0).done == 30
+    os.truncate(log, len("".join(log.read_text().splitlines(keepends=True)[:21])))
+    append(folder, *(step_line(step, phase="again") for step in range(20, 33)))
+    view = reader.look(0.0)
+    assert view.done == 33 and len(view.courses["loss"]) == 33 and view.damaged == 0
+    log.unlink()
+    assert reader.look(0.0).done == 0
+    append(folder, step_line(0))
+    assert reader.look(0.0).done == 1
+
+
+def test_a_tail_of_nonsense(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    tail = Tail(file)
+    assert list(tail.lines()) == []
+    file.write_bytes(b'{"step": 1}\n\xff\xfe\x00{\n[1]\n\n{"a": ' + b"[" * 100_000 + b'\n{"step": 2}\n{"step"')
+    assert list(tail.lines()) == [None, {"step": 1}, {"step": 2}] and tail.damaged == 3
+    assert list(tail.lines()) == []
+    file.unlink()
+    file.mkdir()
+    assert list(tail.lines()) == [None]
+
+
+def test_series_stay_short_and_keep_their_mean() -> None:
+    series = Series(most=8)
+    for value in range(1000):
+        series.add(float(value))
+        assert len(series.values()) <= 9
+    values = series.values()
+    assert values == tuple(sorted(values)) and values[0] < 200 and values[-1] > 800
+
+
+def test_drawing() -> None:
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█" and sparkline([5.0] * 3, 8) == "▄▄▄"
+    assert sparkline([0.0] * 50 + [1.0] * 50, 2) == "▁█" and sparkline([], 5) == "" == sparkline([1.0], 0)
+    assert (
+        bar(0.5, 4) == "██░░" and bar(7.0, 2) == "██" and cell("日本語", 5) == "日本…" and cell("ab", 4, True) == "  ab"
+    )
+    assert [span(s) for s in (-3, 59.9, 61, 3700, 90000)] == ["0 s", "59 s", "1 min 01 s", "1 h 01 min", "1 d 1 h"]
+    assert "\x1b" not in line("a\x1b[2Jb\nc").plain and "\n" not in line("a\nb\r").plain
+    assert [number(one) for one in (float("nan"), True, "1", 10**400, 1e300, None)] == [None] * 6
+
+
+def test_an_attack(attack: Path) -> None:
+    text = picture(attack)
+    assert "attacks 2 of 4 ended" in text and "at work" in text
+    assert re.search(r"unlearned adam-lr=3e-3 +diverged", text)
+    assert re.search(r"random adam-lr=1e-3 +20 of 40 +75.0 → 62.5 ▇▃▆ +50.0 → 40.0 ▅▄", text), text
+    assert "\nrandom adam-lr=1e-3\nstep 20 of 40" in text
+    inner = picture(attack / "attacks/random/adam-lr=1e-3")
+    assert "at work" in inner, "the grid's lock is held, a single attack has none"
+
+
+def test_attacks_that_are_expected() -> None:
+    """As many, and of the roles, that evals/tamper.py itself reads off the same flags."""
+    words = ["--model", "m/m", "--forget", "f", "--retain", "r", "--output", "o", "--control", "random"]
+    words += ["--control", "other=a/b", "--grid", "adam-lr=1e-3,3e-3", "data=forget,mix,retain"]
+    config = read_attacks(words)
+    flags = json.loads(json.dumps({name: getattr(config, name) for name in config.__dataclass_fields__}))
+    assert expected(flags) == len(config.attacks) * len(config.subjects()) == 18
+    assert roles(flags) == config.roles()
+    assert attack_folder(Path("o"), "random", "x") == Path("o/attacks/random/x")
+
+
+def test_a_sweep(sweep: Path) -> None:
+    text = picture(sweep)
+    assert "trials 2 done · 1 failed · 1 running · 6 points of the grid\ntarget wmdp_bio<=0.3" in text
+    best = r"best so far --adam-lr 1e-4 --remove-coef 2 --seed 0\n1: 1e-4 2 0 +40.0 % \[30.0, 50.0\] +push harder"
+    assert re.search(best, text), text
+    assert "failed: no memory" in text and "now 003-c · training\nstep 20 of 40" in text
+    write(sweep / "trials/003-c/run/run.json", {"finished": True})
+    assert "003-c · evaluating" in picture(sweep)
+    write(sweep / "best.json", {"outcome": "The target is met."})
+    assert "at work" in picture(sweep), "begun again with a greater budget"
+    (sweep / "lock").unlink()
+    assert "finished" in picture(sweep) and "The target is met." in picture(sweep)
+
+
+def test_a_comparison(comparison: Path) -> None:
+    text = picture(comparison)
+    assert "at work · last sign" in text and "trials 3 of 4 · attacks 1 · 4 attackers" in text
+    assert re.search(r"^lens +2 of 2 +1 of 1 +1 of 4 +attack lora-16$", text, re.M), text
+    assert re.search(r"^rmu +1 of 2 +– +0 +1 +training$", text, re.M)
+    assert re.search(r"^reset +0 of 4 +1 +train failed: nothing to reset$", text, re.M)
+    assert "now rmu 02-y · training\nstep 5 of 40" in text
+    assert "now lens seed-1-x · attack lora-16\nstep 20 of 40" in text and "wmdp_bio 75.0 → 62.5 ▇▃▆" in text
+    found = {"comparison": {"seeds": 2, "trials": 2}, "verdict": ["lens removes most."]}
+    write(comparison / "compare.json", found)
+    (comparison / "lock").unlink()
+    text = picture(comparison)
+    assert "finished" in text and "verdict lens removes most." in text and "chosen adam-lr 1e-3" in text
+    assert "attacks 1 of 20 · 2 seeds a method" in text
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_every_picture_fits(sweep: Path, comparison: Path, tmp_path: Path, width: int, height: int) -> None:
+    """What it is, its state, and how far it is, are seen in any terminal."""
+    tasks = [f"task_{index}" for index in range(40)]
+    wide = make_run(tmp_path / "run", eval_tasks=tasks, model="m" * 300)
+    measure(wide, 10, **dict.fromkeys(tasks, 0.5))
+    deep = comparison / "methods/lens/seed-1-x/attacks/lora-16"
+    for folder in (sweep, comparison, deep, deep / "attacks/random/adam-lr=1e-3", wide):
+        lines = draw(Watcher(folder).look(time.time()), width, height)
+        assert len(lines) <= height and all(one.cell_len <= width for one in lines)
+        text = "\n".join(one.plain for one in lines)
+        assert re.search("at work|stopped", text) and re.search("step|trials|attacks", text), text
+
+
+def test_what_files_say_cannot_break_it(sweep: Path, comparison: Path, tmp_path: Path) -> None:
+    """Every value of every file in turn is something else, and every file is cut in half."""
+    rng, odd = random.Random(0), [None, True, -1, 1e308, 10**400, "\x1b[2J\n", [], {}, [[1]], {"a": None}, 0, "x" * 999]
+    run = make_run(tmp_path / "run")
+    measure(run, 10, wmdp_bio=0.5)
+    for folder in (sweep, comparison, run):
+        for file in folder.rglob("*.json*"):
+            original = file.read_text()
+            for _ in range(4):
+                objects = [
+                    json.loads(one) for one in (original.splitlines() if file.suffix == ".jsonl" else [original])
+                ]
+                for one in objects:
+                    one |= {key: rng.choice(odd) for key in rng.sample(sorted(one), (len(one) + 2) // 3)}
+                file.write_text("".join(json.dumps(one) + "\n" for one in objects))
+                check_drawn(folder)
+            file.write_text(original[: len(original) // 2])
+            check_drawn(folder)
+            file.write_text(original)
+
+
+def check_drawn(folder: Path) -> None:
+    try:
+        watcher = Watcher(folder)
+    except UserError:
+        return
+    for width, height in SIZES:
+        text = "".join(one.plain for one in draw(watcher.look(time.time()), width, height))
+        assert "\x1b" not in text and "\n" not in text
+
+
+def test_files_that_vanish(sweep: Path, comparison: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the files and folders that are looked at, three of ten have just gone."""
+    rng = random.Random(0)
+
+    def flaky(function: Any) -> Any:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if rng.random() < 0.3:
+                raise FileNotFoundError(2, "gone")
+            return function(*args, **kwargs)
+
+        return called
+
+    for folder in (sweep, comparison):
+        watcher = Watcher(folder)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "open", flaky(Path.open))
+            patch.setattr(Path, "read_bytes", flaky(Path.read_bytes))
+            patch.setattr(Path, "stat", flaky(Path.stat))
+            patch.setattr(os, "listdir", flaky(os.listdir))
+            for _ in range(20):
+                draw(watcher.look(time.time()), 80, 24)
+
+
+def test_a_folder_that_becomes_another(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    watcher = Watcher(folder)
+    assert isinstance(watcher.look(0.0), RunView)
+    folder.rename(tmp_path / "old")
+    view = watcher.look(0.0)
+    assert isinstance(view, Nothing) and "waiting" in draw(view, 80, 24)[1].plain
+    write(folder / "sweep.json", {})
+    assert "sweep" in draw(watcher.look(0.0), 80, 24)[0].plain
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda place: None, "found nothing at"),
+        (lambda place: place.symlink_to(place), "found nothing at"),
+        (lambda place: place.write_text(""), "found the file"),
+        (lambda place: place.mkdir(), "found nothing in"),
+        (lambda place: write(place / "config.json", {"model_type": "gpt_neox"}), "found 'config.json'"),
+        (lambda place: (place / "x").mkdir(parents=True), "found 'x'"),
+        (lambda place: make_run(place / "run"), "found a trial's"),
+    ],
+)
+def test_folders_that_are_not_ours(tmp_path: Path, make: Any, words: str) -> None:
+    make(tmp_path / "place")
+    with pytest.raises(UserError, match=words):
+        watch(WatchConfig(str(tmp_path / "place")))
+
+
+def test_flags_and_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="found no home folder"):
+        watch(WatchConfig("~nobody-of-this-name/run"))
+    for every in (0.0, -1.0, float("nan"), float("inf"), 1e9):
+        with pytest.raises(UserError, match="--every"):
+            WatchConfig("x", every=every)
+    with pytest.raises(UserError, match="--every has no effect beside --once"):
+        WatchConfig("x", every=2.0, once=True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'unlearn\[watch\]'"):
+        watch(WatchConfig(str(make_run(tmp_path / "run"))))
+
+
+def test_one_picture_without_a_terminal(tmp_path: Path) -> None:
+    """100 columns, no escape sequences; a terminal that knows ASCII alone gets that."""
+    folder = make_run(tmp_path / "run", model="modèle")
+    result = run("-m", "unlearn", "watch", folder)
+    assert result.returncode == 0 and "step 10 of 40 █" in result.stdout and "\x1b" not in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 100
+    result = run("-m", "unlearn", "watch", folder, PYTHONIOENCODING="ascii")
+    assert result.returncode == 0 and "mod?le" in result.stdout and "step 10 of 40 =" in result.stdout
+    wrong = run("-m", "unlearn", "watch", tmp_path / "none")
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "found nothing at" in wrong.stderr
+
+
+def in_terminal(folder: Path, *words: str) -> tuple[subprocess.Popen[bytes], int]:
+    """The command in a terminal of its own, and the other end of that."""
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "unlearn", "watch", str(folder), *words]
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
+    process = subprocess.Popen(command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    return process, ours
+
+
+def shown(terminal: int, words: str = "", seconds: float = 30.0) -> str:
+    """What came until `words`, or the end."""
+    found, end = "", time.monotonic() + seconds
+    while time.monotonic() < end and not (words and words in found):
+        try:
+            found += os.read(terminal, 4096).decode(errors="replace")
+        except OSError:  # the other end is closed
+            break
+    return found
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_leaving_a_live_view(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    process, terminal = in_terminal(make_run(tmp_path / "run"), "--every", "0.2")
+    assert "stopped" in shown(terminal, "gradient norm")
+    process.send_signal(number)
+    rest = shown(terminal)
+    assert process.wait(10) == code and "Traceback" not in rest and "\x1b[?1049l" in rest, "the terminal is as before"
+
+
+def test_a_live_view_ends_with_the_run(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", steps=10)
+    process, terminal = in_terminal(folder, "--every", "0.2")
+    shown(terminal, "step 10 of 40")
+    append(folder, *map(step_line, range(10, 40)))
+    shown(terminal, "step 40 of 40")
+    assert process.poll() is None
+    write(folder / "run.json", {"finished": True, "attempts": [ATTEMPT]})
+    rest = shown(terminal)
+    assert process.wait(10) == 0 and "finished" in rest[rest.index("\x1b[?1049l") :], "its last picture stays"
+
+
+def test_a_real_run(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What train.py writes is what is read."""
+    write_wmdp(tmp_path / "data", [question(index, answer=index % 4, said=None) for index in range(12)])
+    changes = {"eval-tasks": "wmdp_bio", "eval-every": 2, "data-dir": tmp_path / "data", "device": "cpu"}
+    words = list(map(str, flags(home, tmp_path / "run", **changes)))
+    train(parse_method_flags(TrainConfig, words))
+    capsys.readouterr()
+    watch(WatchConfig(str(tmp_path / "run")))
+    text = capsys.readouterr().out
+    log = [json.loads(one) for one in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    last = [one for one in log if "loss" in one][-1]
+    acc = json.loads((tmp_path / "run/evals/step-000003.json").read_text())["wmdp_bio"]["acc"]
+    for found in (
+        "finished",
+        "step 3 of 3",
+        f"{last['loss']:.4g}",
+        "accuracy after step 3",
+        f"{100 * acc:.1f} %",
+        "GiB",
+    ):
+        assert found in text, text
+    config = parse_method_flags(TrainConfig, words)
+    stored = json.loads((tmp_path / "run/config.json").read_text())
+    assert planned_steps(stored) == (build(config, torch.device("cpu")).steps, True)
+
+
+def test_nothing_is_written(sweep: Path) -> None:
+    """The folder may be another user's."""
+    before = {file: file.stat().st_mtime_ns for file in (sweep, *sweep.rglob("*"))}
+    picture(sweep)
+    assert {file: file.stat().st_mtime_ns for file in (sweep, *sweep.rglob("*"))} == before
