@@ -64,7 +64,7 @@ def write_lines(folder: Path, lines: int) -> None:
 
 
 def track(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "unlearn", "track", "--run", str(folder), *words]
+    command = [sys.executable, "-m", "unlearn", "track", str(folder), *words]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
@@ -87,7 +87,7 @@ def test_every_whole_line_once(name: str, fakes: Path, tmp_path: Path) -> None:
 
 def test_it_follows_until_the_run_is_finished(fakes: Path, tmp_path: Path) -> None:
     folder = a_run(tmp_path / "mine", 1, finished=False)
-    command = [sys.executable, "-m", "unlearn", "track", "--run", str(folder), "--to", "wandb"]
+    command = [sys.executable, "-m", "unlearn", "track", str(folder), "--to", "wandb"]
     process = subprocess.Popen(command, cwd=ROOT)
     while not fakes.exists() or len(calls(fakes)) < 2:
         time.sleep(0.1)

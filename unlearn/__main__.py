@@ -82,12 +82,12 @@ def flags_of_command(name: str, words: Sequence[str]) -> type[Any]:
 
 def _commands(words: Sequence[str]) -> Any:
     """All commands with their flags. Those of `ELSEWHERE` are listed alone: `main` calls them before any is read."""
-    every = [(name, make_dataclass(name, []), text) for name, (_, text) in ELSEWHERE.items()]
+    every: list[tuple[str, Any, str | None]] = [
+        (name, make_dataclass(name, []), text) for name, (_, text) in ELSEWHERE.items()
+    ]
     every += [(name, flags_of_command(name, words), inspect.getdoc(flags)) for name, (flags, *_) in HERE.items()]
-    named = (
-        Annotated[flags, tyro.conf.subcommand(name, description=text)]
-        for name, flags, text in sorted(every, key=itemgetter(0))
-    )
+    every.sort(key=itemgetter(0))
+    named = (Annotated[flags, tyro.conf.subcommand(name, description=text)] for name, flags, text in every)
     return Union[*named]
 
 

@@ -4,6 +4,8 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Literal
 
+import tyro
+
 from unlearn.errors import UserError
 from unlearn.flags import Only, flag
 
@@ -32,7 +34,7 @@ class TrackConfig:
     """Send a run's metrics to an experiment tracker: what it has written, and, while it works, what it writes. The same
     command again sends only what is new."""
 
-    run: str
+    run: tyro.conf.Positional[str]
     """Folder of the run."""
     to: Name
     """The tracker; tensorboard: files in the run's folder tracking/."""

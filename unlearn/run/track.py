@@ -117,7 +117,7 @@ def tracked(run: Path, tracker: str | None, project: str) -> Iterator[None]:
         return
     log = run / FOLDER / "track.log"
     log.parent.mkdir(exist_ok=True)
-    again = ["unlearn", "track", "--run", str(run), "--to", tracker, "--project", project]
+    again = ["unlearn", "track", str(run), "--to", tracker, "--project", project]
     process = _start([sys.executable, "-m", *again], log)
     try:
         yield
