@@ -189,8 +189,8 @@ def _pictures(record: Record, stages: dict[str, Tasks], tasks: list[str]) -> dic
             Picture(RATES, figures.curve(lines, ["adamw_lr", "muon_lr"], "learning rate"), "detail"),
             Picture(WEIGHTS, figures.curve(lines, ["forget_weight", "retain_weight"], "weight"), "detail"),
             Picture(DURING, figures.training_course(record.during, tasks)),
+            Picture(ENTROPY, figures.entropy_map(lines), "detail"),
         ],
-        "entropy": [Picture(ENTROPY, figures.entropy_map(lines), "detail")],
         "letters": [Picture(f"{task}: {LETTERS}", figures.letters(stages, task)) for task in tasks],
     }
     return {section: shown(section, pictures) for section, pictures in drawn.items()}
