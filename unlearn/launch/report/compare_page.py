@@ -90,7 +90,7 @@ def pictures(found: Mapping[str, Any], rules: "Rules") -> Iterator[Picture]:
             compare_figures.against_general(rows, part, task, rules.general),
         )
         yield Picture(
-            f"{worst} against the divergence from the original before them. Best is at the bottom left: little comes "
+            f"{worst} against KL(original || model) on retain text before them. Best is at the bottom left: little comes "
             "back, little else has changed.",
             compare_figures.against_divergence(rows, part, task),
         )

@@ -32,10 +32,10 @@ def wide(panels: Sequence[Panel]) -> str:
     heights = [max(map(_height, line)) for line in lines]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDE, sum(heights)), layout="constrained")
-        grid = figure.subplots(len(lines), columns, squeeze=False, height_ratios=heights).flat
-        for axes, panel in zip(grid, panels, strict=False):
+        grid = figure.subplots(len(lines), columns, squeeze=False, height_ratios=heights).flatten()
+        for axes, panel in zip(grid[: len(panels)], panels, strict=True):
             _draw(axes, panel, stages)
-        for axes in grid:
+        for axes in grid[len(panels) :]:
             axes.set_axis_off()
         figure.legend(handles=_legend(panels, stages), loc="outside upper center", ncols=8)
         return as_svg(figure)
