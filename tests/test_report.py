@@ -35,7 +35,7 @@ def test_the_numbers_are_those_of_the_files(run: Path) -> None:
     assert "wmdp_bio 90.0 % 80.0–100.0 of 40 37.5 % 27.5–47.5 of 40 50.0 % 40.0–60.0 of 40" in page.text
     assert "some-attack" in text and "elsewhere" not in text, "an attack on another model is none on this one"
     assert "feed" * 16 in text and "0.4.13" in text
-    assert page.elements.count("svg") == 8
+    assert page.elements.count("figure") == 8
     assert "No verdict" in page.text
 
 

@@ -72,7 +72,7 @@ def test_a_grid_of_attacks_stands_beside_its_controls(run: Path) -> None:
     ):
         assert row in page.text
     assert {"unlearned, best of 2", "original, best of 1"} <= set(page.words) and "random, best of 1" not in page.words
-    assert "of its 2 the strongest, a" in page.text and page.elements.count("svg") == 10
+    assert "of its 2 the strongest, a" in page.text and page.elements.count("figure") == 10
 
 
 @pytest.mark.parametrize(

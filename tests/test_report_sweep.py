@@ -89,7 +89,7 @@ def test_a_sweep_shows_the_best_trials_run_and_the_attack_on_it(sweep: Path) -> 
     stages = page.text[page.text.index("The best trial's run") :]
     assert "wmdp_bio 90.0 % 80.0–100.0 of 40 25.0 % 15.0–35.0 of 40 50.0 % 40.0–60.0 of 40" in stages
     assert str(sweep.parent / "attack/attack.json") in text and "another" not in text
-    assert page.elements.count("svg") > 8 and "Each trial by its number" in page.text
+    assert page.elements.count("figure") > 8 and "Each trial by its number" in page.text
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")

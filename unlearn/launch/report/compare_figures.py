@@ -28,7 +28,7 @@ def against_divergence(rows: Rows, part: str, task: str) -> str:
         for name, row in rows.items()
         if task in row["worst"][part] and row["kl"] is not None
     ]
-    across = "KL(original || model) on retain text, nats a token: lower is better"
+    across = "KL from the original, nats a token: lower is better"
     return _marks(places, across, f"{short(task)} after attack") if places else ""
 
 
@@ -79,7 +79,7 @@ def heat_map(rows: Rows, task: str) -> str:
     values = np.array([[100 * found.get(way, np.nan) for way in ways] for found in looked.values()])
     with matplotlib.rc_context(STYLE):
         figure, axes = new_axes("", "", height=1.6 + 0.28 * len(looked))
-        axes.imshow(values, aspect="auto", vmin=0, vmax=100, cmap="Blues", alpha=0.7)
+        axes.imshow(values, aspect="auto", vmin=0, vmax=100, cmap="Blues", alpha=0.45)
         for row, column in np.argwhere(np.isfinite(values)):
             value = values[row, column]
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=INK)

@@ -7,7 +7,7 @@ import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -36,6 +36,19 @@ CHANCE = 0.25  # of four choices
 KINDS = {"met": ("#2e9e5b", "o"), "not met": ("#7f8a99", "s"), "collapse": ("#d9534f", "X")}  # colour, mark of a trial
 
 Bound = tuple[str, float]  # a task and the share that a target allows it
+
+
+class Picture(NamedTuple):
+    """A picture of a page.
+
+    Attributes:
+        caption: what it shows, in plain words. svg: "" where there was nothing to draw.
+        kind: "part" (of a task's questions) and "detail" may be left out on paper.
+    """
+
+    caption: str
+    svg: str
+    kind: str = ""
 
 
 def curve(lines: Sequence[dict[str, Any]], keys: Sequence[str], label: str, *, log: bool = False) -> str:
@@ -71,31 +84,6 @@ def entropy_map(lines: Sequence[dict[str, Any]]) -> str:
         image = axes.imshow(values, aspect="auto", origin="lower", interpolation="nearest", extent=extent)
         axes.set_yticks(range(len(layers)), list(map(str, layers)))
         figure.colorbar(image, ax=axes, label="nats")
-        return as_svg(figure)
-
-
-def accuracies(stages: dict[str, Tasks], tasks: Sequence[str]) -> str:
-    """Accuracy with its 95 % interval: a row for each task, a mark for each stage."""
-    with matplotlib.rc_context(STYLE):
-        figure, axes = new_axes("accuracy", "", height=0.9 + 0.18 * len(tasks) * (1 + len(stages)))
-        offsets = np.linspace(-0.25, 0.25, len(stages)) if len(stages) > 1 else [0.0]
-        for index, ((stage, measured), offset) in enumerate(zip(stages.items(), offsets, strict=True)):
-            rows = [row for row, task in enumerate(tasks) if task in measured]
-            values = [measured[tasks[row]] for row in rows]
-            marks = [value["acc"] for value in values]
-            reach = np.array([[m - v["interval"][0], v["interval"][1] - m] for m, v in zip(marks, values, strict=True)])
-            axes.errorbar(
-                *(marks, [row + offset for row in rows]),
-                xerr=np.clip(reach, 0.0, None).T if rows else None,
-                fmt="os^Dv<>"[index % 7],
-                markersize=4,
-                clip_on=False,
-                label=short(stage),
-            )
-        axes.set_yticks(range(len(tasks)), list(map(short, tasks)))
-        axes.set(xlim=(0, 1.02), ylim=(len(tasks) - 0.5, -0.5))
-        _mark_chance(axes.axvline)
-        figure.legend(loc="outside upper center", ncols=3)
         return as_svg(figure)
 
 

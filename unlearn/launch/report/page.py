@@ -7,12 +7,36 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from unlearn.launch.report import attacks, figures, origins
+from unlearn.launch.report import attacks, figures, origins, overview, overview_figure
+from unlearn.launch.report.figures import Picture
 from unlearn.launch.report.record import Attack, Measurement, Record, Tasks, merged
 from unlearn.launch.report.text import printable
 
 # Shares of the answers above which a habit, and not knowledge, may decide an accuracy.
 HABIT = 0.6
+PICTURES = 10  # with more of them, details of training are left out on paper
+# Below the pictures, in plain words.
+FIRST = (
+    "How many questions are answered rightly before unlearning, after it, and once fine-tuning has tried to bring the "
+    "knowledge back."
+)
+FORGET = (
+    "Forget loss at each step: it falls as the model unlearns. With a lens, at 1 it finds every next token of the text "
+    "to forget equally likely."
+)
+RETAIN = "Retain loss at each step: what unlearning costs on text to keep. Lower is better."
+NORM = "Gradient norm at each step, before clipping. A sudden jump is a step that went wrong."
+RATES = "Learning rates at each step: how far a step may move the weights."
+WEIGHTS = "Weights of the losses at each step: how much each counts."
+DURING = "Accuracy during unlearning, a line a task. Shaded: 95 % intervals; dotted: 25 %, chance of four choices."
+ENTROPY = (
+    "Entropy of the lens's prediction on forget text, by layer and step. The brighter, the less the layer knows what "
+    "comes next."
+)
+LETTERS = (
+    "which choices were answered, and how often each was right where that is known. One bar far above the others is a "
+    "habit, not knowledge."
+)
 
 
 def render(record: Record) -> str:
@@ -39,19 +63,41 @@ def parts(record: Record) -> dict[str, Any]:
     stages = _stages(record)
     tasks = _in_order(stages.values())
     main = [task for task in tasks if task.partition("/")[0] not in record.members]
+    whole = [task for task in main if "/" not in task]
+    kinds = overview.by_kind(record, dict.fromkeys(task.partition("/")[0] for task in main))
+    pictures = _pictures(record, stages, whole)
     return {
         "record": record,
         "verdicts": _verdicts(record.after),
         "stages": stages,
-        "rows": list(_rows(stages, main)),
+        "overview": first_picture(overview.overview(record, stages, kinds), FIRST),
+        "tables": {title: list(_rows(stages, _with_parts(names, main))) for title, names in kinds.items()},
         "member_rows": list(_rows(stages, [task for task in tasks if task not in main])),
         "notes": list(_notes(record, stages)),
-        "pictures": _pictures(record, stages, [task for task in main if "/" not in task]),
-        "recoveries": [table for attack in record.attacks for table in attacks.recoveries(attack)],
+        "pictures": pictures,
+        "crowded": sum(map(len, pictures.values())) > PICTURES,
+        "recoveries": [table for attack in record.attacks if (table := attacks.recoveries(attack))],
         "commands": origins.commands(record),
         "flags": origins.given(record.config),
         "files": list(origins.files(record)),
     }
+
+
+def first_picture(panels: Sequence[overview.Panel], what: str) -> dict[str, Any] | None:
+    """The picture that a page opens with, in both its shapes; None where nothing was measured."""
+    if not panels:
+        return None
+    narrow = enumerate(overview_figure.narrow(panels))
+    return {
+        "wide": Markup(figures.with_own_ids(overview_figure.wide(panels), "overview")),
+        "narrow": [Markup(figures.with_own_ids(svg, f"overview-{index}")) for index, svg in narrow],
+        "caption": overview.caption(panels, what),
+    }
+
+
+def _with_parts(names: Iterable[str], tasks: Sequence[str]) -> list[str]:
+    """The tasks called `names` and the parts of each."""
+    return [task for name in names for task in tasks if task == name or task.startswith(f"{name}/")]
 
 
 def _stages(record: Record) -> dict[str, Tasks]:
@@ -135,35 +181,28 @@ def _pictures(record: Record, stages: dict[str, Tasks], tasks: list[str]) -> dic
     """The pictures of each section, with their captions; sections without any are left out."""
     lines = record.steps
     drawn = {
-        "accuracies": [("Accuracy with 95 % interval; dotted: chance of four choices", _accuracies(stages, tasks))],
         "attacks": [picture for attack in record.attacks for picture in attacks.pictures(attack, tasks)],
         "training": [
-            ("Forget loss: 1 is a uniform prediction", figures.curve(lines, ["forget_loss"], "forget loss")),
-            ("Retain loss", figures.curve(lines, ["retain_loss"], "retain loss")),
-            ("Gradient norm, before clipping", figures.curve(lines, ["gradient_norm"], "norm", log=True)),
-            ("Learning rates", figures.curve(lines, ["adamw_lr", "muon_lr"], "learning rate")),
-            ("Weights of the losses", figures.curve(lines, ["forget_weight", "retain_weight"], "weight")),
-            ("Accuracy during unlearning", figures.training_course(record.during, tasks)),
+            Picture(FORGET, figures.curve(lines, ["forget_loss"], "forget loss")),
+            Picture(RETAIN, figures.curve(lines, ["retain_loss"], "retain loss")),
+            Picture(NORM, figures.curve(lines, ["gradient_norm"], "norm", log=True), "detail"),
+            Picture(RATES, figures.curve(lines, ["adamw_lr", "muon_lr"], "learning rate"), "detail"),
+            Picture(WEIGHTS, figures.curve(lines, ["forget_weight", "retain_weight"], "weight"), "detail"),
+            Picture(DURING, figures.training_course(record.during, tasks)),
+            Picture(ENTROPY, figures.entropy_map(lines), "detail"),
         ],
-        "entropy": [
-            ("Entropy of the lens's prediction on forget text, by target layer and step", figures.entropy_map(lines))
-        ],
-        "letters": [(f"{task}: which choices were answered", figures.letters(stages, task)) for task in tasks],
+        "letters": [Picture(f"{task}: {LETTERS}", figures.letters(stages, task)) for task in tasks],
     }
     return {section: shown(section, pictures) for section, pictures in drawn.items()}
 
 
-def shown(section: str, pictures: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
-    """A section's pictures, given as (caption, SVG), as the templates take them; those that were not drawn left out."""
+def shown(section: str, pictures: Iterable[Picture]) -> list[dict[str, Any]]:
+    """A section's pictures as the templates take them; those that were not drawn left out."""
     return [
-        {"caption": caption, "svg": Markup(figures.with_own_ids(svg, f"{section}-{index}"))}
-        for index, (caption, svg) in enumerate(pictures)
-        if svg
+        picture._asdict() | {"svg": Markup(figures.with_own_ids(picture.svg, f"{section}-{index}"))}
+        for index, picture in enumerate(pictures)
+        if picture.svg
     ]
-
-
-def _accuracies(stages: dict[str, Tasks], tasks: list[str]) -> str:
-    return figures.accuracies(stages, tasks) if tasks else ""
 
 
 def _summary(record: Record) -> str:

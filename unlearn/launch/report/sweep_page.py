@@ -15,8 +15,8 @@ def render_sweep(sweep: SweepRecord) -> str:
     limits = bounds(sweep.flags)
     picture = figures.frontier(sweep.trials, sweep.before, limits["<="], limits[">="]) if len(limits) == 2 else ""
     caption = (
-        "Each trial by its number, with 95 % intervals; dotted: the targets; the line joins the trials that no other "
-        "beats in both, collapses left out"
+        "Each trial by its number, with 95 % intervals. Dotted: the targets. The line joins the trials that no other "
+        "beats in both, collapses left out."
     )
     return fill(
         "sweep.html",
@@ -28,7 +28,7 @@ def render_sweep(sweep: SweepRecord) -> str:
         columns=[*_flags(sweep), "seed", *LOSSES.values()],
         trials=list(_rows(sweep)),
         sweep_notes=list(_notes(sweep)),
-        frontier=shown("frontier", [(caption, picture)] if sweep.trials else []),
+        frontier=shown("frontier", [figures.Picture(caption, picture)] if sweep.trials else []),
         seeds=[trial for trial in sweep.trials if sweep.best and trial["values"] == sweep.best["values"]],
         **({"record": None} if sweep.run is None else parts(sweep.run)),
     )
