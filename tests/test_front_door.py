@@ -9,7 +9,9 @@ import pytest
 from test_commands import ROOT, flags, run
 
 
-@pytest.mark.parametrize("name", ["train", "eval", "attack", "elicit", "compare", "sweep", "fit-lens", "plan"])
+@pytest.mark.parametrize(
+    "name", ["train", "eval", "attack", "elicit", "compare", "sweep", "fit-lens", "plan", "export"]
+)
 def test_every_command_has_one_name(name: str) -> None:
     """`unlearn NAME` is the program of the repository's file, and says so; nothing heavy is imported for --help."""
     code = f"import sys; sys.argv = ['/usr/bin/unlearn', '{name}', '--help']; from unlearn.__main__ import entry\n"

@@ -10,6 +10,7 @@ import tyro
 
 from unlearn.config import config_of, named_method, parse_flags
 from unlearn.errors import run_command
+from unlearn.export_config import ExportConfig
 from unlearn.fit_config import FitLensConfig
 from unlearn.launch.report.config import ReportConfig
 from unlearn.plan_config import PlanConfig
@@ -62,6 +63,7 @@ def _commands() -> Any:
     Those of `ELSEWHERE` are listed alone: `main` calls them before any flag is read.
     """
     here: dict[str, tuple[Any, str | None]] = {
+        "export": (ExportConfig, None),
         "fit-lens": (FitLensConfig, None),
         "plan": (config_of(named_method(sys.argv[1:]), PlanConfig), inspect.getdoc(PlanConfig)),
         "real": (RealConfig, None),
@@ -80,10 +82,14 @@ def main() -> None:
         sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]  # the program, as its messages and `typed_command` know it
         importlib.import_module(ELSEWHERE[name][0]).main()
         return
-    command: FitLensConfig | PlanConfig | RealConfig | ReportConfig | SampleConfig | WorldConfig = parse_flags(
-        _commands()
+    command: ExportConfig | FitLensConfig | PlanConfig | RealConfig | ReportConfig | SampleConfig | WorldConfig = (
+        parse_flags(_commands())
     )
-    if isinstance(command, FitLensConfig):
+    if isinstance(command, ExportConfig):
+        from unlearn.export_step import export_step
+
+        export_step(command)
+    elif isinstance(command, FitLensConfig):
         with EarlyStop(command.output):
             from unlearn.fit_lens import fit_lens
 
