@@ -10,7 +10,7 @@ from test_commands import ROOT, flags, run
 
 
 @pytest.mark.parametrize(
-    "name", ["train", "eval", "attack", "elicit", "compare", "sweep", "fit-lens", "plan", "export"]
+    "name", ["train", "eval", "attack", "elicit", "compare", "sweep", "fit-lens", "plan", "export", "push"]
 )
 def test_every_command_has_one_name(name: str) -> None:
     """`unlearn NAME` is the program of the repository's file, and says so; nothing heavy is imported for --help."""

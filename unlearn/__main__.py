@@ -12,6 +12,7 @@ from unlearn.config import config_of, named_method, parse_flags
 from unlearn.errors import run_command
 from unlearn.export_config import ExportConfig
 from unlearn.fit_config import FitLensConfig
+from unlearn.launch.push_config import PushConfig
 from unlearn.launch.report.config import ReportConfig
 from unlearn.plan_config import PlanConfig
 from unlearn.run.signals import EarlyStop
@@ -66,6 +67,7 @@ def _commands() -> Any:
         "export": (ExportConfig, None),
         "fit-lens": (FitLensConfig, None),
         "plan": (config_of(named_method(sys.argv[1:]), PlanConfig), inspect.getdoc(PlanConfig)),
+        "push": (PushConfig, None),
         "real": (RealConfig, None),
         "report": (ReportConfig, None),
         "sample": (SampleConfig, None),
@@ -82,9 +84,9 @@ def main() -> None:
         sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]  # the program, as its messages and `typed_command` know it
         importlib.import_module(ELSEWHERE[name][0]).main()
         return
-    command: ExportConfig | FitLensConfig | PlanConfig | RealConfig | ReportConfig | SampleConfig | WorldConfig = (
-        parse_flags(_commands())
-    )
+    command: (
+        ExportConfig | FitLensConfig | PlanConfig | PushConfig | RealConfig | ReportConfig | SampleConfig | WorldConfig
+    ) = parse_flags(_commands())
     if isinstance(command, ExportConfig):
         from unlearn.export_step import export_step
 
@@ -98,6 +100,10 @@ def main() -> None:
         from unlearn.plan import plan
 
         plan(command)
+    elif isinstance(command, PushConfig):
+        from unlearn.launch.push import push
+
+        push(command)
     elif isinstance(command, RealConfig):
         from unlearn.world.real import write_real
 

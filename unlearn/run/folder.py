@@ -19,7 +19,7 @@ from unlearn.run.signals import MARKER
 
 CHECKPOINTS = "checkpoints"
 RESUMABLE = frozenset(("config.json", "run.json", "metrics.jsonl", CHECKPOINTS, MARKER, LOCK))
-RUN = RESUMABLE | {"model", "adapter", "evals", "lens.json", "report.html"}
+RUN = RESUMABLE | {"model", "adapter", "evals", "lens.json", "report.html", "hub"}
 ATTACK = RESUMABLE | {"attack.json", "attack.png", "attacks"}
 ONE_ATTACK = RUN | {"curve.json"}
 FITTING = RESUMABLE | {"lens"}  # in a folder of its own inside a lens's, whose config.json says other things

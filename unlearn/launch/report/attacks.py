@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any
 
-from unlearn.launch.report import figures
 from unlearn.launch.report.record import Attack
 
 UNLEARNED = "unlearned"  # the subject that is no control
@@ -11,6 +10,8 @@ UNLEARNED = "unlearned"  # the subject that is no control
 
 def pictures(attack: Attack, tasks: list[str]) -> Iterator[tuple[str, str]]:
     """(caption, SVG) of an attack: accuracies of the strongest one, envelopes of the models, each attack's curve."""
+    from unlearn.launch.report import figures  # imports matplotlib, which the tables do not need
+
     grid, name = attack.grid, attack.folder.name
     strongest = f", of its {_count(grid)} the strongest, {grid['points_of']}" if _count(grid) > 1 else ""
     yield f"{name}{strongest}: accuracy as fine-tuning goes on", figures.attack_course(attack, tasks)
