@@ -98,8 +98,6 @@ def test_the_card_says_what_the_files_say(run: Path) -> None:
     assert "--forget f.jsonl --output RUN" in text and "python evals/run.py --model RUN/model" in text
     assert "f00d" * 16 in text and "torch 2.11" in text and "2 rank(s)" in text and "code c0dec0dec0de" in text
     assert "After 10 steps of fine-tuning by an attacker it scores 50.0 % [40.0, 60.0] on wmdp_bio." in opening(text)
-    table = [line for line in text.splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in table if "wmdp_bio | " in line}) >= 1
     assert "40 of 90 of mmlu_stem" in text
 
 
