@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from test_commands import ROOT, flags, run
 
+COMMANDS = "train eval attack elicit compare sweep fit-lens plan watch track export push pair fetch".split()
 
-@pytest.mark.parametrize("name", ["train", "eval", "attack", "elicit", "compare", "sweep", "fit-lens", "plan", "watch"])
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_one_name(name: str) -> None:
     """`unlearn NAME` is the program of the repository's file, and says so; nothing heavy is imported for --help."""
     code = f"import sys; sys.argv = ['/usr/bin/unlearn', '{name}', '--help']; from unlearn.__main__ import entry\n"

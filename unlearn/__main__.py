@@ -14,7 +14,9 @@ import tyro
 from unlearn.config import config_of, named_method, parse_flags
 from unlearn.config_file import with_file
 from unlearn.errors import run_command
+from unlearn.export_config import ExportConfig
 from unlearn.fit_config import FitLensConfig
+from unlearn.launch.push_config import PushConfig
 from unlearn.launch.report.config import ReportConfig
 from unlearn.launch.watch.config import WatchConfig
 from unlearn.plan_config import PlanConfig
@@ -23,7 +25,8 @@ from unlearn.sample_config import SampleConfig
 from unlearn.track_config import TrackConfig
 
 # Commands with a file of their own in the repository: the module whose `main` they are, and what --help says of them.
-ELSEWHERE = {
+ELSEWHERE: dict[str, tuple[Any, str, str]] = {
+    "export": (ExportConfig, "unlearn.export_step", "export_step"),
     "train": ("unlearn.evals.train", "Unlearn a model by a method, evaluate and export it: train.py."),
     "eval": ("unlearn.evals.run", "Measure WMDP, MMLU or any other task of lm-eval: evals/run.py."),
     "attack": ("unlearn.evals.tamper", "Fine-tune an unlearned model and watch the knowledge return: evals/tamper.py."),
@@ -63,9 +66,11 @@ class RealConfig:
 
 
 # The other commands: their flags, and the function that takes them.
-HERE = {
+HERE: dict[str, tuple[Any, str, str]] = {
+    "export": (ExportConfig, "unlearn.export_step", "export_step"),
     "fit-lens": (FitLensConfig, "unlearn.fit_lens", "fit_lens"),
     "plan": (PlanConfig, "unlearn.plan", "plan"),
+    "push": (PushConfig, "unlearn.launch.push", "push"),
     "real": (RealConfig, "unlearn.world.real", "write_real"),
     "report": (ReportConfig, "unlearn.launch.report", "write_report"),
     "sample": (SampleConfig, "unlearn.sample", "sample"),

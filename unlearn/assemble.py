@@ -15,6 +15,7 @@ from unlearn.blank import needs_of
 from unlearn.budget import Budget, budget_of
 from unlearn.building import (
     frozen_model,
+    initial_values,
     method_parts,
     method_phases,
     optimizers_of,
@@ -33,12 +34,11 @@ from unlearn.files import files_hash
 from unlearn.filters import hooks_of
 from unlearn.lens import TunedLens
 from unlearn.lens_readings import encode_prompts
-from unlearn.lora import adapters, initial_adapters
+from unlearn.lora import adapters
 from unlearn.memory import Layout, Shape, available_gib, check_fits, check_rank, check_reach
 from unlearn.methods.terms import Hooks, Loss, Needs, Parts, Phase
 from unlearn.model import (
     empty_model,
-    fresh_weights,
     load_config,
     load_tokenizer,
 )
@@ -48,7 +48,7 @@ from unlearn.precision import Precision
 from unlearn.run.preflight import check_apart, settings_hashes, tensors_hash
 from unlearn.seeding import generator
 from unlearn.sharding import shard_mesh
-from unlearn.weights import Checkpoint, Initial, fill
+from unlearn.weights import Checkpoint, fill
 
 Teachers = list[tuple[PreTrainedModel, Checkpoint]]  # a frozen model each, and its weights
 
@@ -257,27 +257,13 @@ def fill_models(run: Unlearning) -> None:
     """
     config, device = run.config, run.parts.device
     with fail_together():
-        fill(run.model, run.checkpoint, device, initial=_initial(config, run.model))
+        fill(run.model, run.checkpoint, device, initial=initial_values(config, run.model))
         if run.original is not None:
             weights = torch.device("cpu") if config.offload_reference else device  # whose parameters alone FSDP2 brings
-            fill(run.original, run.checkpoint, weights, buffers=device, initial=_initial(config, run.original))
+            fill(run.original, run.checkpoint, weights, buffers=device, initial=initial_values(config, run.original))
         for teacher, weights_of in run.teachers:
             fill(teacher, weights_of, device)
     run.optimizers.update(optimizers_of(config, run.model))
-
-
-def _initial(config: TrainConfig, model: PreTrainedModel) -> Initial:
-    """Values that are not the checkpoint's: an adapter's, and with --fresh-weights of everything else too."""
-    adapter = initial_adapters(model)
-    if not config.fresh_weights:
-        return adapter
-    fresh = fresh_weights(config.model, config.seed, revision=config.revision)
-
-    def value(name: str) -> Tensor:
-        found = adapter(name)
-        return fresh(name.replace(".base.", ".")) if found is None else found
-
-    return value
 
 
 class Corpora(dict[str, Batches]):

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Literal, Protocol
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
@@ -17,7 +18,7 @@ from unlearn.config import TrainConfig
 from unlearn.distributed import fail_together
 from unlearn.latent_attack import LatentAttack, latent_attack
 from unlearn.lens import TunedLens
-from unlearn.lora import add_lora, lora_disabled
+from unlearn.lora import add_lora, initial_adapters, lora_disabled
 from unlearn.memory import reads_original
 from unlearn.methods import method_module
 from unlearn.methods.terms import Needs, Original, Parts, Phase, Term
@@ -26,7 +27,7 @@ from unlearn.optim.build import build_optimizers
 from unlearn.parameters import train_only
 from unlearn.precision import DTYPES, Precision, autocast
 from unlearn.sharding import checkpoint_blocks, compile_blocks, shard
-from unlearn.weights import Checkpoint, fill
+from unlearn.weights import Checkpoint, Initial, fill
 
 
 class ModelFlags(Protocol):
@@ -58,6 +59,13 @@ class ModelFlags(Protocol):
     def compile_blocks(self) -> bool: ...
 
 
+class StartFlags(ModelFlags, Protocol):
+    """The flags that decide which weights training starts from."""
+
+    @property
+    def fresh_weights(self) -> bool: ...
+
+
 def master_dtype(config: ModelFlags) -> torch.dtype:
     """Of the model's weights in memory: float32 where they are trained, else what they compute in."""
     return torch.float32 if config.lora_rank == 0 else DTYPES[config.dtype]
@@ -80,6 +88,20 @@ def trained_model(config: ModelFlags, mesh: DeviceMesh | None) -> PreTrainedMode
     if mesh is not None:
         shard(model, mesh, compute=DTYPES[config.dtype])
     return model
+
+
+def initial_values(config: StartFlags, model: PreTrainedModel) -> Initial:
+    """Values that are not the checkpoint's: an adapter's, and with --fresh-weights of everything else too."""
+    adapter = initial_adapters(model)
+    if not config.fresh_weights:
+        return adapter
+    fresh = fresh_weights(config.model, config.seed, revision=config.revision)
+
+    def value(name: str) -> Tensor:
+        found = adapter(name)
+        return fresh(name.replace(".base.", ".")) if found is None else found
+
+    return value
 
 
 def original_model(config: TrainConfig, mesh: DeviceMesh | None, needs: Sequence[Needs]) -> PreTrainedModel | None:

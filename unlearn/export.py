@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from unlearn.assemble import Unlearning
-from unlearn.building import run_lens
+from unlearn.building import ModelFlags, run_lens
 from unlearn.distributed import fail_together, is_main
 from unlearn.files import absolute_model
 from unlearn.lens_readings import Stage, read_prompts, write_stage
@@ -44,15 +46,19 @@ def finish(run: Unlearning, folder: Path) -> None:
     """Write `adapter/`, then turn the live model into what is exported (adapters merged, weights in --dtype) and write
     `model/`, in place of what an earlier attempt left. After this, the live model and the exported one are the same,
     and --prompts are read in it. With --no-export nothing is written, and the model stays as it is."""
-    if not run.config.export:
-        return
-    if run.config.lora_rank > 0:
+    if run.config.export:
+        write_result(run.model, run.tokenizer, folder, run.config)
+        read_lens(run, folder, "after")
+
+
+def write_result(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, config: ModelFlags) -> None:
+    """Write `adapter/` of a trained model, then turn it into what is exported and write `model/`; see `finish`."""
+    if config.lora_rank > 0:
         with shared_folder(folder / "adapter", replace=True) as temporary:
-            save_adapter(run.model, temporary, absolute_model(run.config.model))
-        merge_lora(run.model)
-    dtype = DTYPES[run.config.dtype]
-    if not is_sharded(run.model):  # a sharded model computes with its weights rounded as they are exported
-        cast_parameters(run.model, dtype)
+            save_adapter(model, temporary, absolute_model(config.model))
+        merge_lora(model)
+    dtype = DTYPES[config.dtype]
+    if not is_sharded(model):  # a sharded model computes with its weights rounded as they are exported
+        cast_parameters(model, dtype)
     with shared_folder(folder / "model", replace=True) as temporary:
-        save_model(run.model, run.tokenizer, temporary, dtype)
-    read_lens(run, folder, "after")
+        save_model(model, tokenizer, temporary, dtype)

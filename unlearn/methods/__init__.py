@@ -67,6 +67,12 @@ def tuning_of(method: str) -> tuple[str, ...]:
     return ()
 
 
+def docstring_of(method: str) -> str:
+    """What the file of a method says of it, read without importing it."""
+    file = Path(__file__).with_name(f"{_stem(method)}.py")
+    return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"), str(file))) or ""
+
+
 def _is_light(node: ast.stmt) -> bool:
     if isinstance(node, ast.ImportFrom):
         return node.module in LIGHT

@@ -223,23 +223,52 @@ def load(
         UserError: it is damaged, or of another model or other optimizers.
     """
     check_digests(folder)
-    try:
-        reader = dcp.FileSystemReader(folder)
-        stored = reader.read_metadata().state_dict_metadata
-        wanted = {f"model.{name}": parameter.detach() for name, parameter in _trainable(model).items()}
+    with _reading(folder) as (reader, stored):
+        wanted = _weights(model)
         wanted |= {f"hooks.{name}": value for name, value in (state or {}).items()}
         states = {name: _states(name, built, model, stored) for name, built in optimizers.items()}
         for name, of_parameters in states.items():
             wanted |= {f"{name}.{key}.{p}": value for p, found in of_parameters.items() for key, value in found.items()}
         _check(folder, wanted, stored)
-        with _alone_if_so() as alone:
-            dcp.load(wanted, storage_reader=reader, no_dist=alone)
+        _read(wanted, reader)
+    for name, built in optimizers.items():
+        _set_states(built, states[name], model)
+
+
+@torch.no_grad()
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Read the trained parameters of a checkpoint into `model`, and leave the rest of it, optimizers above all, alone.
+
+    Raises:
+        UserError: it is damaged, or of another model.
+    """
+    check_digests(folder)
+    with _reading(folder) as (reader, stored):
+        wanted = _weights(model)
+        _check(folder, wanted, {name: entry for name, entry in stored.items() if name.startswith("model.")})
+        _read(wanted, reader)
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[tuple[dcp.FileSystemReader, Mapping[str, Any]]]:
+    """A checkpoint's reader, and what it stores by name; a `UserError` for what goes wrong in the block."""
+    try:
+        reader = dcp.FileSystemReader(folder)
+        yield reader, reader.read_metadata().state_dict_metadata
     except (OSError, EOFError, CheckpointException) as error:
         raise UserError(
             f"expected a whole checkpoint in {folder}; found {_reason(error)!r}: delete it to go on from the one before"
         ) from error
-    for name, built in optimizers.items():
-        _set_states(built, states[name], model)
+
+
+def _read(wanted: dict[str, Tensor], reader: dcp.FileSystemReader) -> None:
+    """Fill the tensors from the checkpoint, on all ranks together."""
+    with _alone_if_so() as alone:
+        dcp.load(wanted, storage_reader=reader, no_dist=alone)
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {f"model.{name}": parameter.detach() for name, parameter in _trainable(model).items()}
 
 
 def check_digests(folder: Path) -> None:

@@ -19,7 +19,7 @@ from unlearn.run.signals import MARKER
 
 CHECKPOINTS = "checkpoints"
 RESUMABLE = frozenset(("config.json", "run.json", "metrics.jsonl", CHECKPOINTS, MARKER, LOCK))
-RUN = RESUMABLE | {"model", "adapter", "evals", "lens.json", "report.html", "tracking"}
+RUN = RESUMABLE | {"model", "adapter", "evals", "lens.json", "report.html", "tracking", "hub"}
 ATTACK = RESUMABLE | {"attack.json", "attack.png", "attacks"}
 ONE_ATTACK = RUN | {"curve.json"}
 FITTING = RESUMABLE | {"lens"}  # in a folder of its own inside a lens's, whose config.json says other things
@@ -181,6 +181,23 @@ def _recorded(folder: Path) -> dict[str, Any] | None:
     identity, attempts = found.get("identity"), found.get("attempts")
     whole = isinstance(identity, dict) and isinstance(attempts, list) and isinstance(found.get("finished"), bool)
     return found if whole and all(isinstance(attempt, dict) for attempt in attempts or ()) else None
+
+
+def stored_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The flags of a run, config.json, and what run.json says of it: identity, attempts, finished.
+
+    Raises:
+        UserError: there is no run in `folder`, or one of the files is damaged.
+    """
+    if not folder.is_dir():
+        raise UserError(f"expected a run's folder; found nothing at {folder}: check the path")
+    flags, recorded = _read(folder / "config.json"), _recorded(folder)
+    if flags is None or recorded is None:
+        raise UserError(
+            f"expected a run's folder, with config.json and run.json; found no readable "
+            f"{'config.json' if flags is None else 'run.json'} in {folder}: give what was --output of train.py"
+        )
+    return flags, recorded
 
 
 def as_json(config: Mapping[str, Any]) -> dict[str, Any]:

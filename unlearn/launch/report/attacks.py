@@ -1,20 +1,24 @@
 """A grid of attacks on a page: the best attacker at each step beside its controls, and what it takes to recover."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from unlearn.launch.report import figures
-from unlearn.launch.report.figures import Picture
 from unlearn.launch.report.overview import UNLEARNED
 from unlearn.launch.report.record import Attack
+
+if TYPE_CHECKING:
+    from unlearn.launch.report.figures import Picture
 
 UNKNOWN = "–"
 RISES = "A line that rises is knowledge that comes back."
 LINES = "Shaded: 95 % intervals; dotted: 25 %, chance of four choices."
 
 
-def pictures(attack: Attack, tasks: list[str]) -> Iterator[Picture]:
+def pictures(attack: Attack, tasks: list[str]) -> "Iterator[Picture]":
     """Of an attack: accuracies of the strongest one, envelopes of the models, each attack's curve."""
+    from unlearn.launch.report import figures  # imports matplotlib, which the tables do not need
+    from unlearn.launch.report.figures import Picture
+
     grid, name = attack.grid, attack.folder.name
     strongest = f", of its {_count(grid)} the strongest, {grid['points_of']}" if _count(grid) > 1 else ""
     yield Picture(
