@@ -90,8 +90,8 @@ def pictures(found: Mapping[str, Any], rules: "Rules") -> Iterator[Picture]:
             compare_figures.against_general(rows, part, task, rules.general),
         )
         yield Picture(
-            f"{worst} against KL(original || model) on retain text before them. Best is at the bottom left: little comes "
-            "back, little else has changed.",
+            f"{worst} against KL(original || model) on retain text before them. Best is at the bottom left: little "
+            "comes back, little else has changed.",
             compare_figures.against_divergence(rows, part, task),
         )
         yield Picture(
