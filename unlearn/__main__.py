@@ -25,8 +25,7 @@ from unlearn.sample_config import SampleConfig
 from unlearn.track_config import TrackConfig
 
 # Commands with a file of their own in the repository: the module whose `main` they are, and what --help says of them.
-ELSEWHERE: dict[str, tuple[Any, str, str]] = {
-    "export": (ExportConfig, "unlearn.export_step", "export_step"),
+ELSEWHERE = {
     "train": ("unlearn.evals.train", "Unlearn a model by a method, evaluate and export it: train.py."),
     "eval": ("unlearn.evals.run", "Measure WMDP, MMLU or any other task of lm-eval: evals/run.py."),
     "attack": ("unlearn.evals.tamper", "Fine-tune an unlearned model and watch the knowledge return: evals/tamper.py."),
