@@ -20,14 +20,19 @@ export TOKENIZERS_PARALLELISM = false
 
 setup: $(READY)
 
-# torch first and by its exact version: a range would fetch the newest build there is.
-$(READY): pyproject.toml constraints.txt
+# By uv and its lock where uv is there. Else pip: torch first and by its exact version, as a range would fetch the newest.
+$(READY): pyproject.toml constraints.txt uv.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "make: expected Python 3.11 or newer; found $$($(PYTHON) --version): make PYTHON=python3.12"; exit 1; }
+ifneq ($(shell command -v uv 2>/dev/null),)
+	UV_PROJECT_ENVIRONMENT=$(VENV) uv sync --quiet --locked --python $(PYTHON) --extra dev --extra report
+	uv pip install --quiet --python $(BIN)/python --no-deps -c constraints.txt tuned-lens pip
+else
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,report]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt tuned-lens
+endif
 	touch $(READY)
 
 demo: $(READY)

@@ -40,6 +40,14 @@ def test_output_that_nobody_reads_any_more() -> None:
     assert result.returncode == 141 and result.stderr == ""
 
 
+def test_a_shell_completes_every_command_and_its_flags() -> None:
+    result = run("-m", "unlearn", "--tyro-print-completion", "bash")
+    assert result.returncode == 0 and "complete -F" in result.stdout
+    assert all(command in result.stdout for command in COMMANDS)
+    for flag in ("--lora-rank", "--permute-choices", "--general-drop", "--paraphrases", "--method-flags", "--grid"):
+        assert flag in result.stdout, flag
+
+
 def test_a_command_that_is_none() -> None:
     for words in ((), ("nonsense",)):
         result = run("-m", "unlearn", *words)

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -45,6 +47,36 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     assert run(folder / "bin/python", "-c", "import unlearn; print(unlearn.__file__)", cwd=folder).startswith(str(site))
     return folder / "bin"
+
+
+def test_uv_and_pip_are_told_the_same_versions() -> None:
+    """And the lock has them, from the public index alone."""
+    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    lock = tomllib.loads((ROOT / "uv.lock").read_text())
+    assert project["tool"]["uv"]["constraint-dependencies"] == pins
+    locked = {package["name"].lower(): package for package in lock["package"]}
+    for pin in pins:
+        name, version = pin.split("==")
+        package = locked.get(name.lower().replace("_", "-"))
+        assert (package is None and name == "tuned-lens") or package["version"] == version, pin
+    assert {package["source"].get("registry", "https://pypi.org/simple") for package in locked.values()} == {
+        "https://pypi.org/simple"
+    }
+    asked = {word.partition(">")[0].lower() for word in project["project"]["dependencies"]}
+    own = {one["name"] for one in locked["unlearn"]["dependencies"]}
+    assert own == asked, "make a new lock: uv lock"
+
+
+@pytest.mark.parametrize("recipe", ["Dockerfile", "unlearn.def"])
+def test_a_container_has_what_its_recipe_copies(recipe: str) -> None:
+    text = (ROOT / "launch/container" / recipe).read_text()
+    named = set(re.findall(r"\b(pyproject\.toml|uv\.lock|README\.md|LICENSE|unlearn)\b(?= |$)", text, re.MULTILINE))
+    assert {"pyproject.toml", "uv.lock", "README.md", "LICENSE", "unlearn"} <= named
+    assert all((ROOT / name).exists() for name in named)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (command,) = re.findall(r"uv sync .*", text)
+    assert "--locked" in command and set(re.findall(r"--extra (\w+)", command)) <= set(extras)
 
 
 @pytest.mark.slow

@@ -86,13 +86,32 @@ def flags_of_command(name: str, words: Sequence[str]) -> type[Any]:
 
 def _commands(words: Sequence[str]) -> Any:
     """All commands with their flags. Those of `ELSEWHERE` are listed alone: `main` calls them before any is read."""
+    completing = any(word.startswith("--tyro-") for word in sys.argv[1:2])
     every: list[tuple[str, Any, str | None]] = [
-        (name, make_dataclass(name, []), text) for name, (_, text) in ELSEWHERE.items()
+        (name, _flags_elsewhere(name) if completing else make_dataclass(name, []), text)
+        for name, (_, text) in ELSEWHERE.items()
     ]
     every += [(name, flags_of_command(name, words), inspect.getdoc(flags)) for name, (flags, *_) in HERE.items()]
     every.sort(key=itemgetter(0))
     named = (Annotated[flags, tyro.conf.subcommand(name, description=text)] for name, flags, text in every)
     return Union[*named]
+
+
+def _flags_elsewhere(name: str) -> type[Any]:
+    """The flags of a command of `ELSEWHERE`, as a shell completes them: of `train`, those of the default method."""
+    if name == "train":
+        return config_of("lens")
+    module, flags = {
+        "eval": ("unlearn.evals.eval_config", "EvalConfig"),
+        "attack": ("unlearn.evals.attack.config", "TamperConfig"),
+        "elicit": ("unlearn.evals.elicit_config", "ElicitConfig"),
+        "compare": ("unlearn.launch.compare_config", "CompareConfig"),
+        "fetch": ("unlearn.evals.fetch_config", "FetchConfig"),
+        "pair": ("unlearn.evals.compare_config", "CompareConfig"),
+        "sweep": ("unlearn.launch.sweep_config", "SweepConfig"),
+    }[name]
+    found: type[Any] = getattr(importlib.import_module(module), flags)
+    return found
 
 
 def main() -> None:
