@@ -150,7 +150,7 @@ def test_an_envelope_with_controls(run: Path) -> None:
     found = {"config": {"model": str(run / "model"), "forget": f"{HOME}/attack.jsonl"}, "points": points}
     found |= grid | {"subjects": {"unlearned": subject, "never-seen": never}, "warnings": ["look out"]}
     write(run.parent.parent / "elsewhere/attack.json", found)
-    text = readme(run, attack=(str(run.parent.parent / "elsewhere"),))
+    text = readme(run, attacks=(str(run.parent.parent / "elsewhere"),))
     assert "After 5 steps of fine-tuning by an attacker it scores 80.0 %" in opening(text)
     assert "| unlearned | 1 | 30.0 [20.0, 40.0] | 80.0 [70.0, 90.0], step 5 |" in text
     assert "Warning: look out." in text and "never saw the forgotten text was attacked" not in text

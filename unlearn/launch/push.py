@@ -31,7 +31,7 @@ def push(config: PushConfig) -> Path:
             refuses.
     """
     run = Path(config.run).expanduser()
-    record = read_record(run, config.evals, config.attack)
+    record = read_record(run, config.evals, config.attacks)
     given = _given(record, config)
     folder = _free(config.output or str(run / "hub"), config.overwrite)
     base = base_of(record, config.base)

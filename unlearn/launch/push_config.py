@@ -36,7 +36,7 @@ class PushConfig:
     """Replace an earlier folder of this command in --output."""
     evals: tuple[str, ...] = ()
     """Folders with results of evals/run.py for the original or the unlearned model, beside RUN/evals."""
-    attack: tuple[str, ...] = ()
+    attacks: tuple[str, ...] = ()
     """Folders that evals/tamper.py wrote, beside those next to RUN that attacked its model."""
 
     def __post_init__(self) -> None:
