@@ -132,7 +132,7 @@ def result(run: Path) -> dict[str, Any]:
     }
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found["log"] = [
-        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second", "tflops_per_rank")}
+        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second", "tflops_per_rank", "peak_gib")}
         for line in lines
     ]
     return found

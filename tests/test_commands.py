@@ -100,6 +100,7 @@ def test_run_folder(trained: Path) -> None:
         "adamw_lr",
         "tokens_per_second",
         "tflops_per_rank",
+        "peak_gib",
         "seconds",
         "uniform_loss/1",
         "entropy/4",

@@ -64,9 +64,13 @@ class CpuTime:
         return round(self.before + sum(gather(time.process_time() - self._start)), 3)
 
 
-def peak_gib(device: torch.device) -> float:
-    """The most memory that a rank's process has held: of its GPU, as torch gave it out, or else of its host. Every rank
-    must call it."""
+def held_gib(device: torch.device) -> float:
+    """The most memory that this process has held: of its GPU, as torch gave it out, or else of its host."""
     if device.type == "cuda":
-        return max(gather(torch.cuda.max_memory_allocated(device))) / GIB
-    return max(gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)) * 1024 / GIB  # which Linux counts in KiB
+        return torch.cuda.max_memory_allocated(device) / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # which Linux counts in KiB
+
+
+def peak_gib(device: torch.device) -> float:
+    """The same of the rank that has held most. Every rank must call it."""
+    return max(gather(held_gib(device)))

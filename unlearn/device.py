@@ -17,6 +17,8 @@ WHEELS = "https://download.pytorch.org/whl"
 # The oldest driver of each CUDA, and an index with wheels for it, aarch64 among them
 # (https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html).
 INDEXES = ((580, "cu130"), (525, "cu126"))
+# Of dense bf16 products, from NVIDIA's data sheets, which halve what they print for sparse ones; the first that fits.
+DENSE_TFLOPS = (("H100 PCIe", 756.0), ("H100|H200|GH200", 989.0), ("A100", 312.0), ("B200", 2250.0))
 
 
 def choose_device(asked: str | None) -> torch.device:
@@ -49,6 +51,14 @@ def describe(device: torch.device) -> str:
         return f"CPU ({platform.machine()})"
     driver = driver_version() or "unknown"
     return f"{torch.cuda.get_device_name(device)} (CUDA {torch.version.cuda}, driver {driver})"
+
+
+def dense_tflops(device: torch.device) -> float | None:
+    """The chip's rate of dense bf16 products in 10^12 operations a second, by its maker; None for one not listed."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((rate for words, rate in DENSE_TFLOPS if re.search(words, name)), None)
 
 
 def gpus_here() -> int:

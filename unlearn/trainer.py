@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from unlearn.cost import held_gib
+from unlearn.device import dense_tflops
 from unlearn.distributed import STEP_TIMEOUT, all_sum, all_true, set_timeout, sum_gradients, world_size
 from unlearn.errors import NotFinite
 from unlearn.lora import set_dropout_rows
@@ -21,6 +23,7 @@ from unlearn.run.log import MetricsLog
 from unlearn.sharding import all_reducing_last, gradient_norm, reshard
 from unlearn.weights import local_rows
 
+SHOWN = ("forget_loss", "retain_loss", "loss", "tokens_per_second", "mfu", "peak_gib")  # beside the bar
 Evaluate = Callable[[int], None]  # called with the number of optimizer steps done
 GradientFilter = Callable[[str, Mapping[str, nn.Parameter]], None]  # see `Hooks.filter`
 
@@ -83,9 +86,9 @@ def train(
             why = _after_step(hooks, step + 1, numbers)
             if logged or why:
                 numbers |= {"gradient_norm": norm.item()} | settings | dict(loss.cost(step))
-                numbers |= _rates(numbers, time.monotonic() - started)
+                numbers |= _rates(numbers, time.monotonic() - started, norm.device)
                 words = {name: word for name, word in (("phase", phase), ("stopped", why)) if word}
-                log.write({"step": offset + step, **words, **numbers}, shown=("forget_loss", "retain_loss", "loss"))
+                log.write({"step": offset + step, **words, **numbers}, shown=SHOWN)
             done = steps if why else step + 1
             log.advance(done - step)
             if step == first:
@@ -130,12 +133,14 @@ def _settings(loss: Loss, optimizers: Mapping[str, Optimizer], step: int, steps:
     return {f"{term.name}_weight": weight for term, weight in pairs} | rates
 
 
-def _rates(numbers: dict[str, float], seconds: float) -> dict[str, float]:
-    """Tokens a second over all ranks, in place of their number; and 10^12 operations a second of each rank, without
-    those that are done again: over the chip's rate that is the MFU."""
-    rates = {"tokens_per_second": numbers.pop("tokens", 0.0) / seconds}
+def _rates(numbers: dict[str, float], seconds: float, device: torch.device) -> dict[str, float]:
+    """Tokens a second over all ranks, in place of their number; 10^12 operations a second of each rank, without those
+    that are done again, and their share of the chip's rate, where that is known; the most memory of this rank."""
+    rates = {"tokens_per_second": numbers.pop("tokens", 0.0) / seconds, "peak_gib": round(held_gib(device), 3)}
     if "flops" in numbers:
         rates["tflops_per_rank"] = numbers["flops"] / seconds / world_size() / 1e12
+        chip = dense_tflops(device)
+        rates |= {} if chip is None else {"mfu": rates["tflops_per_rank"] / chip}
     return rates
 
 

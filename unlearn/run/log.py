@@ -69,8 +69,13 @@ class MetricsLog:
         """Append one line with `seconds` since the start added; show the keys in `shown` beside the bar."""
         if not is_main():
             return
-        self._bar.set_postfix({key: f"{values[key]:.3g}" for key in shown if key in values}, refresh=False)
+        self._bar.set_postfix({key: _short(values[key]) for key in shown if key in values}, refresh=False)
         if self._path is not None:
             line = dict(values) | {"seconds": round(time.monotonic() - self._start, 3)}
             with writing(self._path), self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
+
+
+def _short(value: float | int | str) -> str:
+    """A number beside the bar."""
+    return f"{value:,.0f}" if isinstance(value, int | float) and 1e3 <= value < 1e9 else f"{value:.3g}"

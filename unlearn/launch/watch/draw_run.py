@@ -114,8 +114,8 @@ def settings(view: RunView) -> Text:
         f"{name.removesuffix('_lr')} {figure(number(value))}" for name, value in view.last.items() if is_rate(name)
     ]
     speed = number(view.last.get("tflops_per_rank"))
-    peak = number(table(view.recorded.get("cost")).get("peak_gib"))
-    memory = f"memory peak {figure(peak)} GiB" if peak is not None else "memory peak: known at the end"
+    peak = number(table(view.recorded.get("cost")).get("peak_gib")) or number(view.last.get("peak_gib"))
+    memory = f"memory peak {figure(peak)} GiB" if peak is not None else ""
     parts = [f"learning rate {', '.join(rates) or NONE}", "" if speed is None else f"{figure(speed)} TFLOP/s a rank"]
     return line(joined([*parts, memory]))
 
