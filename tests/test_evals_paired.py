@@ -133,7 +133,7 @@ def test_mistakes_of_the_command(
     other = write(tmp_path / "other", record({"another": [1] * 8}))
     for bad, message in [
         (tmp_path / "interrupted", "an interrupted run leaves none"),
-        (tmp_path / "foreign", "found none of its own keys"),
+        (tmp_path / "foreign", "found none of their keys"),
         (tmp_path / "damaged", "expected readable results"),
         (tmp_path / "nowhere", "found nothing"),
         (twice, "found 2: give one of them"),

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unlearn.errors import UserError
+from unlearn.evals.judge.foreign import own_part
 from unlearn.evals.judge.stats import Z_90, bootstrap_difference, mcnemar, mean_interval, score_difference
 from unlearn.evals.judge.summary import group_pools
 
@@ -40,13 +41,14 @@ def read_record(path: str | Path) -> Record:
     """Read results_<time>.json, or the folder that holds just one.
 
     Raises:
-        UserError: there is no such file, several, or one that `evals/run.py` did not write.
+        UserError: there is no such file, several, or one that neither `evals/run.py` nor lm-eval wrote, or lm-eval
+            without its samples.
     """
     file = _find(Path(path).expanduser())
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
-        own = result["unlearn"]
-        groups = result["group_subtasks"] | own.get("pools", {})
+        own = own_part(result, file)
+        groups = result.get("group_subtasks", {}) | own.get("pools", {})
         return Record(str(path), own["questions"], groups, own.get("dtypes", {}))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"expected readable results in {file}; found {error}: run the evaluation again") from error

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from unlearn.errors import UserError
+from unlearn.evals.judge.foreign import own_part
 from unlearn.files import files_hash
 
 GRID = {"points_of", "hazard", "general", "gap", "subjects"}  # in attack.json
@@ -226,8 +227,8 @@ def _results(place: Path) -> list[Path]:
 def _read_result(file: Path, folder: Path, config: dict[str, Any]) -> tuple[bool, Measurement]:
     """(whether it is of the original model, the evaluation); `UserError` if it is of neither model."""
     value = read_json(file)
-    own, name = value.get("unlearn"), str(value.get("model_name"))
-    if not isinstance(own, dict) or not isinstance(own.get("summary"), dict):
+    own, name = own_part(value, file), str(value.get("model_name"))
+    if not isinstance(own.get("summary"), dict):
         raise UserError(f"expected results of evals/run.py in {file}; found those of another program: evaluate again")
     original, unlearned = _same(name, config["model"]), is_model_of(name, folder)
     if not original and not unlearned:
