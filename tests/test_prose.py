@@ -1,5 +1,6 @@
 """README and docs in plain English: short sentences, counted."""
 
+import re
 import statistics
 from pathlib import Path
 
@@ -34,3 +35,20 @@ def test_most_sentences_are_short() -> None:
 def test_no_sentence_is_a_paragraph(page: Path) -> None:
     longest = max(sentences(page), key=words)
     assert words(longest) <= 60, longest
+
+
+def anchors(page: Path) -> set[str]:
+    """The names under which GitHub links to a page's headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not link.startswith("http"):
+            name, _, anchor = link.partition("#")
+            target = (page.parent / name).resolve() if name else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
