@@ -50,12 +50,16 @@ def test_recomputes_as_little_as_fits(folder: str) -> None:
     assert given.checkpoint_activations == "full" and lines == []
 
 
-def test_nothing_is_chosen_by_a_plan_that_was_not_simulated(tmp_path: Path) -> None:
-    """A Llama's blocks keep more than the formula says: chosen by it, a run would end for lack of memory."""
-    llama = NEOX | {"model_type": "llama"}
-    (tmp_path / "config.json").write_text(json.dumps(llama))
-    chosen, lines = choose(configure(model=str(tmp_path), layers=(2, 4)), 4, 4, 1e9)
-    assert chosen.checkpoint_activations == "full" and "a block of llama" in lines[0]
+def test_a_model_is_planned_by_its_own_blocks(tmp_path: Path) -> None:
+    """A Llama's keep more than GPT-NeoX's of the same width: by those, a run would end for lack of memory."""
+    need = {}
+    for name in ("gpt_neox", "llama"):
+        (tmp_path / "config.json").write_text(json.dumps(NEOX | {"model_type": name}))
+        flags: dict[str, Any] = {"model": str(tmp_path), "layers": (2, 4), "seq_len": 512, "micro_batch": 8}
+        need[name] = peaks(flags, 4)
+    assert need["llama"]["none"] > 1.1 * need["gpt_neox"]["none"]
+    chosen, lines = choose(configure(**flags), 4, 4, need["gpt_neox"]["none"] * 1.1)
+    assert chosen.checkpoint_activations == "selective" and lines[0].startswith("--checkpoint-activations selective: ")
 
 
 def test_hybrid_across_nodes_where_a_copy_fits(folder: str) -> None:

@@ -11,7 +11,6 @@ from unlearn.memory import Layout, Shape, peak_gib
 from unlearn.methods.terms import Needs
 
 MARGIN = 1.1  # what the formula of memory may be off by
-SIMULATED = ("gpt_neox",)  # the architectures for which it is that good where not everything is recomputed
 KINDS: tuple[Literal["none", "selective"], ...] = ("none", "selective")  # fastest first
 
 
@@ -50,9 +49,6 @@ def _with_checkpointing(
 ) -> tuple[TrainConfig, list[str]]:
     if config.checkpoint_activations is not None:
         return config, []
-    if shape.architecture not in SIMULATED:
-        why = f"what a block of {shape.architecture} keeps is not planned well enough to choose less"
-        return replace(config, checkpoint_activations="full"), [f"--checkpoint-activations full: {why}"]
     for kind in KINDS:
         fastest = replace(config, checkpoint_activations=kind)
         planned = peak_gib(fastest, shape, layout, needs)

@@ -192,7 +192,7 @@ class TrainConfig(
     """Keep the sharded original model of full training in host memory, and copy it to the GPU as it is needed."""
     checkpoint_activations: Literal["full", "selective", "none"] | None = None
     """What backward computes again, with the same result. full: all of a block but its input; selective: all but
-    products and attention; none: nothing. Default: for GPT-NeoX the fastest that fits into memory, for others full."""
+    products and attention; none: nothing. Default: the fastest that fits into memory."""
     compile_blocks: bool = False
     """Compile each block: faster steps, after minutes of compilation for every new length of window."""
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from unlearn.block_memory import measured_blocks
 from unlearn.config import TrainConfig
 from unlearn.errors import UserError
 from unlearn.lora import is_target
@@ -30,11 +31,9 @@ from unlearn.parameters import lowest_block, matching
 GIB = 2**30
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
 HEADROOM = 6.0  # GiB of a GPU that the context, NCCL's buffers and fragmentation take: 94.9 of a GH200, plan for 88
-# Numbers of size T D that one block keeps for its backward pass, and that exist while it is recomputed and
-# differentiated. Simulated for GPT-NeoX: other blocks keep more (a Llama's 1.2 times what "none" plans for the whole
-# run, Gemma 2's, whose attention is not fused, twice).
-KEPT = {"full": 1, "selective": 11, "none": 18}
-RECOMPUTED = {"full": 30, "selective": 20, "none": 8}
+# For each kind of recomputation: numbers of size T D that one block keeps for its backward pass, and that exist while
+# it is recomputed and differentiated. Simulated for GPT-NeoX; blocks of others are measured: see `block_memory`.
+NEOX = {"full": (1.0, 30.0), "selective": (11.0, 20.0), "none": (18.0, 8.0)}
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,8 @@ class Shape:
             every one that full training would give to Muon.
         trained, trained_matrices, trained_block, trained_head: what full training trains of the first four.
         lowest: the lowest block in which anything trains; -1: the embedding does.
+        capped: whether its logits are soft-capped.
+        in_block: for each kind of recomputation what one block keeps, and what its backward pass adds; see `NEOX`.
     """
 
     architecture: str
@@ -67,6 +68,8 @@ class Shape:
     trained_block: int
     trained_head: int
     lowest: int
+    capped: bool
+    in_block: Mapping[str, tuple[float, float]]
 
     @classmethod
     def of(cls, model: PreTrainedModel, flags: TrainConfig) -> "Shape":
@@ -102,6 +105,8 @@ class Shape:
             depth=int(config.num_hidden_layers),
             targets=tuple(pairs[name] for name in adapted),
             orthogonalised=tuple(pairs[name] for name in pairs if name in chosen),
+            capped=getattr(config, "final_logit_softcapping", None) is not None,
+            in_block=NEOX if config.model_type == "gpt_neox" else measured_blocks(flags, config),
         )
 
 
@@ -189,7 +194,7 @@ def reads_original(config: TrainConfig, needs: Sequence[Needs]) -> bool:
 
 def _activations(config: TrainConfig, shape: Shape, needs: Sequence[Needs]) -> float:
     """Numbers that one micro-batch keeps for its backward pass: what blocks keep, and the original's streams."""
-    kept = KEPT[_checkpointing(config)]
+    kept, _ = shape.in_block[_checkpointing(config)]
     most = max((term.width * (kept * differentiated(term, shape) + term.kept + 3) for term in needs), default=3.0)
     return float(micro_tokens(config) * shape.hidden * most)
 
@@ -207,9 +212,9 @@ def differentiated(term: Needs, shape: Shape) -> int:
 def one_block(config: TrainConfig, shape: Shape, layout: Layout, needs: Sequence[Needs]) -> dict[str, float]:
     """Bytes of one block's backward pass: its recomputation, and the weights that FSDP2 has gathered for it."""
     compute = DTYPE_BYTES[config.dtype]
-    kept = RECOMPUTED[_checkpointing(config)]
+    _, beside = shape.in_block[_checkpointing(config)]
     tokens = micro_tokens(config) * max((term.width for term in needs), default=1.0)
-    result = {"one block's backward pass": float(kept * tokens * shape.hidden * compute)}
+    result = {"one block's backward pass": float(beside * tokens * shape.hidden * compute)}
     if _is_sharded(config, layout):
         gradient = 0 if config.lora_rank else compute + 4  # as computed, and in float32 for the reduction
         result["gathered blocks"] = float(shape.block * 2 * compute + shape.trained_block * gradient)
@@ -220,13 +225,14 @@ def _vocabulary(config: TrainConfig, shape: Shape, layout: Layout, needs: Sequen
     """Bytes of a loss over the vocabulary: a chunk of logits, and the unembeddings that it reads.
 
     A chunk's numbers take 26 bytes where it is compared with the original's (21 where the unembedding has no gradient),
-    16 for a cross-entropy, 8 through a lens.
+    16 for a cross-entropy, 8 through a lens; where they are soft-capped, as Gemma 2's, 29, 20 and 26.
     """
     compute, chunk = DTYPE_BYTES[config.dtype], min(CHUNK, micro_tokens(config))
     above = [term for term in needs if term.deepest is None]
     compared = any((term.original or term.teacher) and not term.apart for term in above)
-    beside = 21 if config.lora_rank else 26
-    each = beside if compared else 16 if above else 8 if any(term.bytes for term in needs) else 0
+    beside = 29 if shape.capped else 21 if config.lora_rank else 26
+    alone, through = (20, 26) if shape.capped else (16, 8)
+    each = beside if compared else alone if above else through if any(term.bytes for term in needs) else 0
     result = {"a chunk over the vocabulary": float(each * chunk * shape.vocabulary)}
     if above and not compared and config.lora_rank and _is_sharded(config, layout):
         result["gathered unembedding and embedding"] = float(2 * shape.head * compute)
