@@ -448,7 +448,15 @@ def in_terminal(folder: Path, *words: str) -> tuple[subprocess.Popen[bytes], int
     ours, theirs = os.openpty()
     command = [sys.executable, "-m", "unlearn", "watch", str(folder), *words]
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
-    process = subprocess.Popen(command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job would ignore it
+    )
     os.close(theirs)
     return process, ours
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from unlearn.errors import UserError
-from unlearn.evals.judge.foreign import own_part
 from unlearn.files import files_hash
 
 GRID = {"points_of", "hazard", "general", "gap", "subjects"}  # in attack.json
@@ -226,6 +225,8 @@ def _results(place: Path) -> list[Path]:
 
 def _read_result(file: Path, folder: Path, config: dict[str, Any]) -> tuple[bool, Measurement]:
     """(whether it is of the original model, the evaluation); `UserError` if it is of neither model."""
+    from unlearn.evals.judge.foreign import own_part  # imports torch, and a sweep's --help reads no results
+
     value = read_json(file)
     own, name = own_part(value, file), str(value.get("model_name"))
     if not isinstance(own.get("summary"), dict):
