@@ -1,4 +1,4 @@
-"""Two evaluations of the same questions: `unlearn.evals.judge.paired`, `python evals/compare.py`, and `--baseline`."""
+"""Two evaluations of the same questions: `unlearn.evals.judge.paired`, `python evals/pair.py`, and `--baseline`."""
 
 import json
 import random
@@ -10,7 +10,7 @@ import pytest
 from evals_samples import ABCD, answering, gather, sample
 
 from unlearn.errors import UserError
-from unlearn.evals import compare as command
+from unlearn.evals import pair as command
 from unlearn.evals.judge.answers import Letters
 from unlearn.evals.judge.paired import Record, compare, read_record, table
 from unlearn.evals.judge.stats import mcnemar

@@ -60,7 +60,7 @@ def test_torchrun_from_elsewhere_writes_what_one_process_finds(place: Path, tmp_
 
 def test_help_and_wrong_flags_do_not_wait_for_torch() -> None:
     heavy = ("torch", "lm_eval", "datasets", "numpy", "matplotlib")
-    for module in ("run", "compare", "fetch"):
+    for module in ("run", "pair", "fetch"):
         code = f"import sys, unlearn.evals.{module}; sys.exit(any(name in sys.modules for name in {heavy}))"
         assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
 

@@ -16,10 +16,10 @@ from unlearn.__main__ import HERE, flags_of_command
 from unlearn.config import TrainConfig, parse_flags, parse_method_flags
 from unlearn.config_file import with_file
 from unlearn.evals.attack.config import read_attacks
-from unlearn.evals.compare_config import CompareConfig
 from unlearn.evals.elicit_config import ElicitConfig
 from unlearn.evals.eval_config import EvalConfig
 from unlearn.evals.fetch_config import FetchConfig
+from unlearn.evals.pair_config import PairConfig
 from unlearn.launch.compare_config import read_comparison
 from unlearn.launch.sweep_config import read_sweep
 
@@ -31,12 +31,12 @@ READERS: dict[str, Callable[[Sequence[str]], Any]] = {
     "evals/tamper.py": read_attacks,
     "evals/elicit.py": lambda words: parse_flags(ElicitConfig, words),
     "evals/fetch.py": lambda words: parse_flags(FetchConfig, words),
-    "evals/compare.py": lambda words: parse_flags(CompareConfig, words),
+    "evals/pair.py": lambda words: parse_flags(PairConfig, words),
     "launch/sweep.py": read_sweep,
     "launch/compare.py": read_comparison,
 }
 NAMES = {"train": "train.py", "eval": "evals/run.py", "attack": "evals/tamper.py", "elicit": "evals/elicit.py"}
-NAMES |= {"fetch": "evals/fetch.py", "pair": "evals/compare.py", "sweep": "launch/sweep.py"}
+NAMES |= {"fetch": "evals/fetch.py", "pair": "evals/pair.py", "sweep": "launch/sweep.py"}
 # What a laptop without network, and a test of minutes, cannot run: other tests do, or nobody can here.
 ELSEWHERE = re.compile(r"^(make|pip|uv|docker|apptainer|sbatch|hf|source)\b|--track wandb|--repo |\b[A-Z]{4,}\b")
 

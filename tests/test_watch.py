@@ -1,141 +1,57 @@
 """The live view: what it says is what the files say, and no file can break it."""
 
-import importlib.util
 import json
 import os
 import random
 import re
-import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from evals_support import question, write_wmdp
-from report_support import numbers, write
-from test_commands import ROOT, flags, run
+from report_support import write
+from watch_support import (
+    CONFIG,
+    SIZES,
+    append,
+    lock,
+    make_attack,
+    make_comparison,
+    make_run,
+    make_sweep,
+    measure,
+    picture,
+    step_line,
+)
 
-from unlearn.assemble import build
-from unlearn.config import TrainConfig, parse_method_flags
 from unlearn.errors import UserError
 from unlearn.evals.attack.config import read_attacks
 from unlearn.evals.tamper import attack_folder
-from unlearn.evals.train import run as train
-from unlearn.launch.watch import files, watch
+from unlearn.launch.watch import files
 from unlearn.launch.watch.attack import expected, roles
-from unlearn.launch.watch.config import WatchConfig
 from unlearn.launch.watch.draw import draw
-from unlearn.launch.watch.files import Objects, Tail, number
+from unlearn.launch.watch.files import Objects, number
 from unlearn.launch.watch.look import Nothing, Watcher
 from unlearn.launch.watch.run import RunReader, RunView, planned_steps
 from unlearn.launch.watch.series import Series
 from unlearn.launch.watch.text import bar, cell, line, span, sparkline
-
-CONFIG: dict[str, Any] = {
-    "method": "simnpo", "model": "base/model", "forget": "f", "retain": "r", "lora_rank": 4, "optimizer": "adamw",
-    "dtype": "bf16", "steps": 40, "examples": 64, "batch": 8, "epochs": 1, "eval_tasks": ["wmdp_bio"],
-}  # fmt: skip
-ATTEMPT = {"ranks": 4, "device": "4 x H100", "command": "python train.py"}
-SIZES = ((80, 24), (200, 60), (30, 6))
-
-
-def step_line(step: int, **more: Any) -> dict[str, Any]:
-    line = {"step": step, "loss": 3.0 - step / 100, "forget_loss": 2.0, "retain_loss": 0.125, "gradient_norm": 0.5}
-    rates = {"adamw_lr": 1e-4, "tokens_per_second": 1000.0, "tflops_per_rank": 321.5, "seconds": 10.0 + 2 * step}
-    return line | rates | more
-
-
-def append(folder: Path, *lines: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write("".join(json.dumps(one) + "\n" for one in lines))
-
-
-def make_run(folder: Path, steps: int = 10, finished: bool = False, **config: Any) -> Path:
-    write(folder / "config.json", CONFIG | config)
-    write(folder / "run.json", {"identity": {}, "finished": finished, "attempts": [ATTEMPT]})
-    append(folder, {"step": 0, "wmdp_bio/acc": 0.75, "seconds": 1.0}, *map(step_line, range(steps)))
-    return folder
-
-
-def measure(folder: Path, step: int, **accuracies: float) -> None:
-    write(folder / f"evals/step-{step:06d}.json", {task: numbers(acc) for task, acc in accuracies.items()})
-    append(folder, {"step": step, **{f"{task}/acc": acc for task, acc in accuracies.items()}, "seconds": 40.0})
-
-
-def lock(folder: Path, process: int | None = None, host: str | None = None) -> None:
-    (folder / "lock").write_text(f"process {process or os.getpid()} on {host or socket.gethostname()}")
-
-
-def picture(folder: Path, width: int = 100, height: int = 1000, now: float | None = None) -> str:
-    view = Watcher(folder).look(time.time() if now is None else now)
-    return "\n".join(one.plain for one in draw(view, width, height, now))
+from unlearn.run import tail
+from unlearn.run.tail import Tail
 
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
-    """Two trials ended, one of them with an error; the third is being trained."""
-    folder = tmp_path / "sweep"
-    grid = ["adam-lr=1e-4,1e-3", "remove-coef=2,3,5"]
-    write(folder / "sweep.json", {"grid": grid, "target": ["wmdp_bio<=0.3"], "tasks": ["wmdp_bio"], "seeds": 3})
-    values = {"adam-lr": "1e-4", "remove-coef": "2"}
-    best = {"trial": "001-a", "number": 1, "values": values, "seed": 0, "state": "push harder"}
-    best |= {"accuracies": {"wmdp_bio": numbers(0.4)}}
-    lost = {"trial": "002-b", "number": 2, "values": values, "seed": 0, "state": "failed", "reason": "no memory"}
-    (folder / "trials.jsonl").write_text(json.dumps(best) + "\n" + json.dumps(lost) + "\n")
-    write(folder / "best.json", {"outcome": "The sweep is not at its end.", "best": best})
-    for name in ("001-a", "002-b"):
-        make_run(folder / f"trials/{name}/run", finished=True)
-    make_run(folder / "trials/003-c/run", steps=20)
-    lock(folder)
-    lock(folder / "trials/003-c/run")
-    return folder
+    return make_sweep(tmp_path)
 
 
 @pytest.fixture
 def attack(tmp_path: Path) -> Path:
-    """Two of four attacks ended, one of them diverged; the third is at work."""
-    folder = tmp_path / "attack"
-    grid = {"grid": ["adam-lr=1e-3,3e-3"], "control": ["random"], "hazard_tasks": [], "general_tasks": []}
-    tasks = {"eval_tasks": ["wmdp_bio", "mmlu_stem"], "method": "next-token"}
-    write(folder / "config.json", CONFIG | grid | tasks)
-    for place in ("unlearned/adam-lr=1e-3", "unlearned/adam-lr=3e-3", "random/adam-lr=1e-3"):
-        one = make_run(folder / "attacks" / place, steps=20, **tasks)
-        measure(one, 10, wmdp_bio=0.3, mmlu_stem=0.5)
-        measure(one, 20, wmdp_bio=0.625, mmlu_stem=0.4)
-    write(folder / "attacks/unlearned/adam-lr=1e-3/curve.json", {"points": [], "diverged": None})
-    write(folder / "attacks/unlearned/adam-lr=3e-3/curve.json", {"points": [], "diverged": "NaN"})
-    lock(folder)
-    return folder
+    return make_attack(tmp_path)
 
 
 @pytest.fixture
 def comparison(tmp_path: Path, attack: Path) -> Path:
-    """lens: chosen, its first seed attacked once and under the second attack; rmu: in its second trial; a control."""
-    folder = tmp_path / "compare"
-    write(folder / "comparison.json", {"attackers": [], "attacker_set": "usual", "attack_steps": 160})
-    write(folder / "before/x/results_1.json", {})
-    lens, rmu, reset = folder / "methods/lens", folder / "methods/rmu", folder / "controls/reset"
-    trials = [{"number": one, "values": {"adam-lr": "1e-3"}, "hazard": 0.3} for one in (1, 2)]
-    write(lens / "chosen.json", {"values": {"adam-lr": "1e-3"}, "within": True, "trials": trials, "why": "least"})
-    for trial in trials:
-        write(lens / f"trials/0{trial['number']}-x/trial.json", trial)
-    write(rmu / "trials/01-x/trial.json", {"number": 1, "failed": "no memory"})
-    seed = lens / "seed-1-x"
-    make_run(seed / "run", finished=True)
-    write(seed / "attacks/full-1e-3/attack.json", {})
-    attack.rename(seed / "attacks/lora-16")
-    make_run(rmu / "trials/02-y/run", steps=5)
-    for place, log in ((seed, "train"), (seed, "attack-full-1e-3"), (seed, "attack-lora-16"), (reset, "train")):
-        write(place / f"{log}.log", "")
-    write(rmu / "trials/02-y/train.log", "")
-    (reset / "train.failed").write_text("nothing to reset\n")
-    lock(folder)
-    return folder
+    return make_comparison(tmp_path, attack)
 
 
 def test_a_run_at_work(tmp_path: Path) -> None:
@@ -211,7 +127,8 @@ def test_lines_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """A half-written line counts once it is whole; a run of 100,000 steps costs no more a look than one of ten."""
     folder = make_run(tmp_path / "run", steps=200)
     reader, parsed = RunReader(folder, Objects()), []
-    monkeypatch.setattr(files, "parsed", lambda content: parsed.append(content) or json.loads(content))
+    for module in (files, tail):
+        monkeypatch.setattr(module, "parsed", lambda content: parsed.append(content) or json.loads(content))
     assert reader.look(0.0).done == 200 and len(parsed) == 201 + 2
     parsed.clear()
     whole = json.dumps(step_line(200)) + "\n"
@@ -398,129 +315,3 @@ def test_a_folder_that_becomes_another(tmp_path: Path) -> None:
     assert isinstance(view, Nothing) and "waiting" in draw(view, 80, 24)[1].plain
     write(folder / "sweep.json", {})
     assert "sweep" in draw(watcher.look(0.0), 80, 24)[0].plain
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda place: None, "found nothing at"),
-        (lambda place: place.symlink_to(place), "found nothing at"),
-        (lambda place: place.write_text(""), "found the file"),
-        (lambda place: place.mkdir(), "found nothing in"),
-        (lambda place: write(place / "config.json", {"model_type": "gpt_neox"}), "found 'config.json'"),
-        (lambda place: (place / "x").mkdir(parents=True), "found 'x'"),
-        (lambda place: make_run(place / "run"), "found a trial's"),
-    ],
-)
-def test_folders_that_are_not_ours(tmp_path: Path, make: Any, words: str) -> None:
-    make(tmp_path / "place")
-    with pytest.raises(UserError, match=words):
-        watch(WatchConfig(str(tmp_path / "place")))
-
-
-def test_flags_and_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="found no home folder"):
-        watch(WatchConfig("~nobody-of-this-name/run"))
-    for every in (0.0, -1.0, float("nan"), float("inf"), 1e9):
-        with pytest.raises(UserError, match="--every"):
-            WatchConfig("x", every=every)
-    with pytest.raises(UserError, match="--every has no effect beside --once"):
-        WatchConfig("x", every=2.0, once=True)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'unlearn\[watch\]'"):
-        watch(WatchConfig(str(make_run(tmp_path / "run"))))
-
-
-def test_one_picture_without_a_terminal(tmp_path: Path) -> None:
-    """100 columns, no escape sequences; a terminal that knows ASCII alone gets that."""
-    folder = make_run(tmp_path / "run", model="modèle")
-    result = run("-m", "unlearn", "watch", folder)
-    assert result.returncode == 0 and "step 10 of 40 █" in result.stdout and "\x1b" not in result.stdout
-    assert max(map(len, result.stdout.splitlines())) <= 100
-    result = run("-m", "unlearn", "watch", folder, PYTHONIOENCODING="ascii")
-    assert result.returncode == 0 and "mod?le" in result.stdout and "step 10 of 40 =" in result.stdout
-    wrong = run("-m", "unlearn", "watch", tmp_path / "none")
-    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "found nothing at" in wrong.stderr
-
-
-def in_terminal(folder: Path, *words: str) -> tuple[subprocess.Popen[bytes], int]:
-    """The command in a terminal of its own, and the other end of that."""
-    ours, theirs = os.openpty()
-    command = [sys.executable, "-m", "unlearn", "watch", str(folder), *words]
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env=environment,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job would ignore it
-    )
-    os.close(theirs)
-    return process, ours
-
-
-def shown(terminal: int, words: str = "", seconds: float = 30.0) -> str:
-    """What came until `words`, or the end."""
-    found, end = "", time.monotonic() + seconds
-    while time.monotonic() < end and not (words and words in found):
-        try:
-            found += os.read(terminal, 4096).decode(errors="replace")
-        except OSError:  # the other end is closed
-            break
-    return found
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_leaving_a_live_view(tmp_path: Path, number: signal.Signals, code: int) -> None:
-    process, terminal = in_terminal(make_run(tmp_path / "run"), "--every", "0.2")
-    assert "stopped" in shown(terminal, "gradient norm")
-    process.send_signal(number)
-    rest = shown(terminal)
-    assert process.wait(10) == code and "Traceback" not in rest and "\x1b[?1049l" in rest, "the terminal is as before"
-
-
-def test_a_live_view_ends_with_the_run(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "run", steps=10)
-    process, terminal = in_terminal(folder, "--every", "0.2")
-    shown(terminal, "step 10 of 40")
-    append(folder, *map(step_line, range(10, 40)))
-    shown(terminal, "step 40 of 40")
-    assert process.poll() is None
-    write(folder / "run.json", {"finished": True, "attempts": [ATTEMPT]})
-    rest = shown(terminal)
-    assert process.wait(10) == 0 and "finished" in rest[rest.index("\x1b[?1049l") :], "its last picture stays"
-
-
-def test_a_real_run(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What train.py writes is what is read."""
-    write_wmdp(tmp_path / "data", [question(index, answer=index % 4, said=None) for index in range(12)])
-    changes = {"eval-tasks": "wmdp_bio", "eval-every": 2, "data-dir": tmp_path / "data", "device": "cpu"}
-    words = list(map(str, flags(home, tmp_path / "run", **changes)))
-    train(parse_method_flags(TrainConfig, words))
-    capsys.readouterr()
-    watch(WatchConfig(str(tmp_path / "run")))
-    text = capsys.readouterr().out
-    log = [json.loads(one) for one in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    last = [one for one in log if "loss" in one][-1]
-    acc = json.loads((tmp_path / "run/evals/step-000003.json").read_text())["wmdp_bio"]["acc"]
-    for found in (
-        "finished",
-        "step 3 of 3",
-        f"{last['loss']:.4g}",
-        "accuracy after step 3",
-        f"{100 * acc:.1f} %",
-        "GiB",
-    ):
-        assert found in text, text
-    config = parse_method_flags(TrainConfig, words)
-    stored = json.loads((tmp_path / "run/config.json").read_text())
-    assert planned_steps(stored) == (build(config, torch.device("cpu")).steps, True)
-
-
-def test_nothing_is_written(sweep: Path) -> None:
-    """The folder may be another user's."""
-    before = {file: file.stat().st_mtime_ns for file in (sweep, *sweep.rglob("*"))}
-    picture(sweep)
-    assert {file: file.stat().st_mtime_ns for file in (sweep, *sweep.rglob("*"))} == before

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union
 
 import tyro
 
-from unlearn.config import config_of, named_method, parse_flags
+from unlearn.config import config_of, named_method, parse_words
 from unlearn.config_file import with_file
 from unlearn.errors import run_command
 from unlearn.export_config import ExportConfig
@@ -24,16 +24,49 @@ from unlearn.run.signals import EarlyStop
 from unlearn.sample_config import SampleConfig
 from unlearn.track_config import TrackConfig
 
-# Commands with a file of their own in the repository: the module whose `main` they are, and what --help says of them.
+# Commands with a file of their own in the repository: the module whose `main` they are; their flags, for a shell to
+# complete; and what --help says of them.
 ELSEWHERE = {
-    "train": ("unlearn.evals.train", "Unlearn a model by a method, evaluate and export it: train.py."),
-    "eval": ("unlearn.evals.run", "Measure WMDP, MMLU or any other task of lm-eval: evals/run.py."),
-    "attack": ("unlearn.evals.tamper", "Fine-tune an unlearned model and watch the knowledge return: evals/tamper.py."),
-    "elicit": ("unlearn.evals.elicit", "Look for what a model still knows without training it: evals/elicit.py."),
-    "compare": ("unlearn.launch.compare", "Compare methods under attack: launch/compare.py."),
-    "fetch": ("unlearn.evals.fetch", "Fetch the tasks' questions, for machines without network: evals/fetch.py."),
-    "pair": ("unlearn.evals.compare", "Compare two results question by question: evals/compare.py."),
-    "sweep": ("unlearn.launch.sweep", "Tune one method until a target is met: launch/sweep.py."),
+    "train": (
+        "unlearn.evals.train",
+        "unlearn.config:TrainConfig",
+        "Unlearn a model by a method, evaluate and export it: train.py.",
+    ),
+    "eval": (
+        "unlearn.evals.run",
+        "unlearn.evals.eval_config:EvalConfig",
+        "Measure WMDP, MMLU or any other task of lm-eval: evals/run.py.",
+    ),
+    "attack": (
+        "unlearn.evals.tamper",
+        "unlearn.evals.attack.config:TamperConfig",
+        "Fine-tune an unlearned model and watch the knowledge return: evals/tamper.py.",
+    ),
+    "elicit": (
+        "unlearn.evals.elicit",
+        "unlearn.evals.elicit_config:ElicitConfig",
+        "Look for what a model still knows without training it: evals/elicit.py.",
+    ),
+    "compare": (
+        "unlearn.launch.compare",
+        "unlearn.launch.compare_config:CompareConfig",
+        "Compare methods under attack: launch/compare.py.",
+    ),
+    "fetch": (
+        "unlearn.evals.fetch",
+        "unlearn.evals.fetch_config:FetchConfig",
+        "Fetch the tasks' questions, for machines without network: evals/fetch.py.",
+    ),
+    "pair": (
+        "unlearn.evals.pair",
+        "unlearn.evals.pair_config:PairConfig",
+        "Compare two results question by question: evals/pair.py.",
+    ),
+    "sweep": (
+        "unlearn.launch.sweep",
+        "unlearn.launch.sweep_config:SweepConfig",
+        "Tune one method until a target is met: launch/sweep.py.",
+    ),
 }
 
 
@@ -89,7 +122,7 @@ def _commands(words: Sequence[str]) -> Any:
     completing = any(word.startswith("--tyro-") for word in sys.argv[1:2])
     every: list[tuple[str, Any, str | None]] = [
         (name, _flags_elsewhere(name) if completing else make_dataclass(name, []), text)
-        for name, (_, text) in ELSEWHERE.items()
+        for name, (_, _, text) in ELSEWHERE.items()
     ]
     every += [(name, flags_of_command(name, words), inspect.getdoc(flags)) for name, (flags, *_) in HERE.items()]
     every.sort(key=itemgetter(0))
@@ -98,20 +131,10 @@ def _commands(words: Sequence[str]) -> Any:
 
 
 def _flags_elsewhere(name: str) -> type[Any]:
-    """The flags of a command of `ELSEWHERE`, as a shell completes them: of `train`, those of the default method."""
-    if name == "train":
-        return config_of("lens")
-    module, flags = {
-        "eval": ("unlearn.evals.eval_config", "EvalConfig"),
-        "attack": ("unlearn.evals.attack.config", "TamperConfig"),
-        "elicit": ("unlearn.evals.elicit_config", "ElicitConfig"),
-        "compare": ("unlearn.launch.compare_config", "CompareConfig"),
-        "fetch": ("unlearn.evals.fetch_config", "FetchConfig"),
-        "pair": ("unlearn.evals.compare_config", "CompareConfig"),
-        "sweep": ("unlearn.launch.sweep_config", "SweepConfig"),
-    }[name]
+    """The flags of a command of `ELSEWHERE`; of `train`, those of the default method."""
+    module, _, flags = ELSEWHERE[name][1].partition(":")
     found: type[Any] = getattr(importlib.import_module(module), flags)
-    return found
+    return config_of("lens") if name == "train" else found
 
 
 def main() -> None:
@@ -122,7 +145,7 @@ def main() -> None:
         return
     if name in HERE and hasattr(HERE[name][0], "config"):
         words = with_file(words, lambda words: flags_of_command(name, words))
-    config = parse_flags(_commands(words), [*sys.argv[1:2], *words])
+    config = parse_words(_commands(words), [*sys.argv[1:2], *words])
     with EarlyStop(config.output) if name == "fit-lens" else nullcontext():
         function = getattr(importlib.import_module(HERE[name][1]), HERE[name][2])
         if isinstance(config, RealConfig | WorldConfig):

@@ -86,8 +86,8 @@ class CorpusFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceFlags(FileFlags):
-    """What a command computes on, and where further flags stand."""
+class DeviceFlags:
+    """What a command computes on."""
 
     device: Literal["cuda", "cpu"] | None = None
     """cpu: compute on the CPU though there may be GPUs; cuda: on GPUs or not at all. Default: on a GPU for each rank;
@@ -96,7 +96,7 @@ class DeviceFlags(FileFlags):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(
-    BudgetFlags, FilterFlags, LatentFlags, AdversaryFlags, TrackFlags, CorpusFlags, ResumeFlags, DeviceFlags
+    BudgetFlags, FilterFlags, LatentFlags, AdversaryFlags, TrackFlags, CorpusFlags, ResumeFlags, DeviceFlags, FileFlags
 ):
     """Change a model by a method: the flags that all methods share. `config_of` adds those of the chosen one."""
 
@@ -352,9 +352,14 @@ Flags = TypeVar("Flags")
 
 
 def parse_flags(flags: type[Flags], arguments: Sequence[str] | None = None) -> Flags:
-    """Read a flags dataclass from the command line; a mistake is shown by rank 0 only and exits with code 2."""
+    """Read a flags dataclass from the command line, and from the file of its --config if it has that flag; a mistake is
+    shown by rank 0 only and exits with code 2."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    words = with_file(words, lambda _: flags) if hasattr(flags, "config") else words
+    return parse_words(flags, with_file(words, lambda _: flags) if hasattr(flags, "config") else words)
+
+
+def parse_words(flags: type[Flags], words: Sequence[str]) -> Flags:
+    """The same for words that have those of a file already."""
     return tyro.cli(flags, prog=program_name(), args=words, console_outputs=os.environ.get("RANK", "0") == "0")
 
 
@@ -362,7 +367,7 @@ def parse_method_flags(base: type[TrainConfig], arguments: Sequence[str] | None 
     """Read the flags of `base` and of the method that --method, or --config, names; see `parse_flags`."""
     typed = sys.argv[1:] if arguments is None else arguments
     words = with_file(typed, lambda words: config_of(named_method(words), base))  # type: ignore[arg-type]
-    return parse_flags(config_of(named_method(words), base), words)  # type: ignore[arg-type]
+    return parse_words(config_of(named_method(words), base), words)  # type: ignore[arg-type]
 
 
 def named_method(words: Sequence[str], otherwise: str = "lens") -> str:

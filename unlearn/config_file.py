@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import tyro
 
@@ -19,6 +19,7 @@ from unlearn.errors import UserError
 from unlearn.flags import spelled
 
 FLAG = "--config"
+(REPEATED,) = get_args(tyro.conf.UseAppendAction[str])[1:]  # what marks the type of a flag that is given repeatedly
 ATTEMPT = frozenset(("config", "overwrite", "resume"))  # in a config.json: of that attempt, not of the run
 
 
@@ -138,12 +139,7 @@ def _plain(value: Any) -> Any:
 def _repeated(known: type[Any]) -> set[str]:
     """Flags that are given once for each of their values."""
     hints = get_type_hints(known, include_extras=True)
-    mark = get_type_hints(_Repeated, include_extras=True)["one"].__metadata__[0]
-    return {name for name, hint in hints.items() if mark in getattr(hint, "__metadata__", ())}
-
-
-class _Repeated:
-    one: tyro.conf.UseAppendAction[tuple[str, ...]]
+    return {name for name, hint in hints.items() if REPEATED in getattr(hint, "__metadata__", ())}
 
 
 def _words(key: str, value: Any, repeated: bool, name: str) -> list[str]:

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from unlearn.config import CorpusFlags, DeviceFlags
+from unlearn.config_file import FileFlags
 from unlearn.errors import UserError
 from unlearn.resume_config import ResumeFlags
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitLensConfig(CorpusFlags, ResumeFlags, DeviceFlags):
+class FitLensConfig(CorpusFlags, ResumeFlags, DeviceFlags, FileFlags):
     """Train a tuned lens for a model, on forget and retain text together."""
 
     model: str

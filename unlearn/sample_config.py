@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from unlearn.config import DeviceFlags
+from unlearn.config_file import FileFlags
 from unlearn.errors import UserError
 from unlearn.flags import flag, settle
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(DeviceFlags):
+class SampleConfig(DeviceFlags, FileFlags):
     """Sample a corpus from a model itself, for example to retain what it writes.
 
     Stopped or killed, the same command goes on, to the same texts; so it does at another number of ranks.

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from unlearn.config import DeviceFlags, check_once, split_names
+from unlearn.config_file import FileFlags
 from unlearn.errors import UserError
 from unlearn.flags import flag, settle
 
 
 @dataclass(frozen=True, kw_only=True)
-class ElicitConfig(DeviceFlags):
+class ElicitConfig(DeviceFlags, FileFlags):
     """Look for what a model still knows without training it: weights rounded to 8 and 4 bits, pruned, or moved back
     towards the original; questions in other words, and with examples before them; a tuned lens and a linear probe on
     the residual stream."""

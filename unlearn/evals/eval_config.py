@@ -7,12 +7,13 @@ from typing import Literal
 import tyro
 
 from unlearn.config import DeviceFlags
+from unlearn.config_file import FileFlags
 from unlearn.errors import UserError
 from unlearn.evals.judge.targets import parse_pools, parse_target
 
 
 @dataclass(frozen=True)
-class EvalConfig(DeviceFlags):
+class EvalConfig(DeviceFlags, FileFlags):
     """Measure a causal language model with lm-eval's own templates, and say what the numbers can bear."""
 
     model: str

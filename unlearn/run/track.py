@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -19,6 +19,7 @@ from types import FrameType
 from unlearn.distributed import is_main
 from unlearn.errors import UserError
 from unlearn.files import write_json
+from unlearn.run.tail import Object, Tail
 from unlearn.run.trackers import Tracker, open_tracker
 from unlearn.track_config import TrackConfig
 
@@ -38,11 +39,11 @@ def track(config: TrackConfig) -> None:
         raise UserError(f"expected the folder of a run; found no config.json in {run}: name another")
     told, parent = _Told(), os.getppid()
     tracker = open_tracker(config.to, run, config.project)
-    noted, lines = run / FOLDER / f"{config.to}.json", _Lines(run / "metrics.jsonl")
+    noted, tail, count = run / FOLDER / f"{config.to}.json", Tail(run / "metrics.jsonl"), 0
     try:
         while True:
             last = told.end or not config.follow or os.getppid() != parent or _finished(run)
-            _send(lines.new(), noted, tracker)
+            count = _send(tail.lines(), count, noted, tracker)
             if last:
                 break
             told.wait(POLL)
@@ -74,36 +75,24 @@ class _Told:
             time.sleep(0.05)
 
 
-class _Lines:
-    """The lines of a file that grows, and that a run which goes on from a checkpoint cuts off."""
+def _send(lines: Iterable[Object | None], count: int, noted: Path, tracker: Tracker) -> int:
+    """Send those lines that no earlier process has sent, and note how many there were; the number of lines so far.
 
-    def __init__(self, file: Path):
-        self._file, self._bytes, self._count = file, 0, 0
-
-    def new(self) -> list[tuple[int, dict[str, float | str]]]:
-        """(number, line) of those that are whole by now and were not given before."""
-        if not self._file.is_file():
-            return []
-        if self._file.stat().st_size < self._bytes:
-            self._bytes = self._count = 0
-        with self._file.open("rb") as stream:
-            stream.seek(self._bytes)
-            whole = stream.read().rpartition(b"\n")[0]
-        found = list(enumerate(map(json.loads, whole.splitlines()), self._count))
-        self._bytes += len(whole) + 1 if whole else 0
-        self._count += len(found)
-        return found
-
-
-def _send(lines: list[tuple[int, dict[str, float | str]]], noted: Path, tracker: Tracker) -> None:
-    """Send the lines that no earlier process has sent, and note how many there were."""
+    Args:
+        lines: of a `Tail`. count: lines before them.
+    """
     sent = json.loads(noted.read_text(encoding="utf-8"))["lines"] if noted.is_file() else 0
-    fresh = [(number, line) for number, line in lines if number >= sent]
-    for _, line in fresh:
-        numbers = {key: value for key, value in line.items() if isinstance(value, int | float)}
-        tracker.log(int(numbers.pop("step")), numbers)
-    if fresh:
-        write_json(noted, {"lines": fresh[-1][0] + 1})
+    for line in lines:
+        if line is None:  # cut off, as by a run that goes on from a checkpoint
+            count = 0
+            continue
+        if count >= sent:
+            numbers = {key: value for key, value in line.items() if isinstance(value, int | float)}
+            tracker.log(int(numbers.pop("step")), numbers)
+        count += 1
+    if count > sent:
+        write_json(noted, {"lines": count})
+    return count
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from unlearn.config import (
     check_once,
     config_of,
     named_method,
-    parse_flags,
+    parse_words,
     split_names,
 )
 from unlearn.config_file import with_file
@@ -202,7 +202,7 @@ def read_attacks(arguments: Sequence[str] | None = None) -> TamperConfig:
         return config_of(named_method(words, METHOD), TamperConfig)  # type: ignore[return-value]
 
     words = with_file(sys.argv[1:] if arguments is None else arguments, flags)
-    return parse_flags(flags(words), words)
+    return parse_words(flags(words), words)
 
 
 def _name(point: Point) -> str:

@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from unlearn.launch.watch.files import Object, Objects, items, latest, names
+from unlearn.launch.watch.files import Objects, items, latest, names
 from unlearn.launch.watch.run import ACCURACY, RunReader, RunView
 from unlearn.launch.watch.state import State, state_of
+from unlearn.run.tail import Object
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from unlearn.errors import UserError
 from unlearn.launch.watch.attack import AttackReader
-from unlearn.launch.watch.files import Object, Objects, count, evaluated, items, latest, names, table, written
+from unlearn.launch.watch.files import Objects, count, evaluated, items, latest, names, table, written
 from unlearn.launch.watch.run import RunReader
 from unlearn.launch.watch.state import State, held, state_of
 from unlearn.launch.watch.sweep import Job
+from unlearn.run.tail import Object
 
 DOES = {"train": "training", "attack": "attack", "lens": "fitting a lens", "ways": "looking in without training"}
 

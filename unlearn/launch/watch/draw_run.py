@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.text import Text
 
-from unlearn.launch.watch.files import Object, count, items, number, table
+from unlearn.launch.watch.files import count, items, number, table
 from unlearn.launch.watch.run import ACCURACY, RunView
 from unlearn.launch.watch.state import State
 from unlearn.launch.watch.text import (
@@ -21,6 +21,7 @@ from unlearn.launch.watch.text import (
     span,
     sparkline,
 )
+from unlearn.run.tail import Object
 
 LABEL, VALUE = 16, 11  # columns of a name and of a number
 

@@ -8,9 +8,10 @@ from unlearn.launch.watch.attack import AttackView
 from unlearn.launch.watch.comparison import ComparisonView, Row
 from unlearn.launch.watch.draw_attack import in_one_line
 from unlearn.launch.watch.draw_run import in_short, interval, state_line, title
-from unlearn.launch.watch.files import Object, items, number, table
+from unlearn.launch.watch.files import items, number, table
 from unlearn.launch.watch.sweep import Job, SweepView
 from unlearn.launch.watch.text import NONE, cell, joined, line, percent
+from unlearn.run.tail import Object
 
 TASK = 22  # columns of an accuracy with its interval
 NAME, NARROW = 20, 9  # columns of a comparison's table

@@ -5,9 +5,10 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
-from unlearn.launch.watch.files import Object, Objects, Tail, count, items, number, table, written
+from unlearn.launch.watch.files import Objects, count, items, number, table, written
 from unlearn.launch.watch.series import Series
 from unlearn.launch.watch.state import State, state_of
+from unlearn.run.tail import Object, Tail
 
 RECENT = 32  # lines that the rate is read from
 ACCURACY = "/acc"  # how the names of accuracies end in metrics.jsonl

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from unlearn.launch.report.sweep_record import NOT_ENDED
 from unlearn.launch.watch.attack import AttackView
-from unlearn.launch.watch.files import Object, Objects, Tail, evaluated, items, latest, names, table, written
+from unlearn.launch.watch.files import Objects, evaluated, items, latest, names, table, written
 from unlearn.launch.watch.run import RunReader, RunView
 from unlearn.launch.watch.state import State, held, state_of
+from unlearn.run.tail import Object, Tail
 
 
 @dataclass(frozen=True)

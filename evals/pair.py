@@ -1,7 +1,7 @@
 """Compare two results question by question: `unlearn pair`."""
 
 from unlearn.errors import run_command
-from unlearn.evals.compare import main
+from unlearn.evals.pair import main
 
 if __name__ == "__main__":
-    run_command("evals/compare.py", main)
+    run_command("evals/pair.py", main)

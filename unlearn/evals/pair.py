@@ -1,6 +1,6 @@
 """Two evaluations side by side: what changed, how sure that is, and a figure of it.
 
-    python evals/compare.py results/BASE results/NEW --figure compare.png
+    python evals/pair.py results/BASE results/NEW --figure compare.png
 
 Both must have been asked the same questions; a changed question file is an error.
 """
@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from unlearn.config import parse_flags
-from unlearn.evals.compare_config import CompareConfig
+from unlearn.evals.pair_config import PairConfig
 
 
 def main() -> None:
-    config = parse_flags(CompareConfig)
+    config = parse_flags(PairConfig)
     from unlearn.evals.judge.paired import compare, read_record, rounding_warning, table
 
     base, new = read_record(config.base), read_record(config.new)

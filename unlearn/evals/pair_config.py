@@ -1,4 +1,4 @@
-"""The flags of `python evals/compare.py`. Nothing here imports torch: `--help` and a wrong flag answer at once."""
+"""The flags of `python evals/pair.py`. Nothing here imports torch: `--help` and a wrong flag answer at once."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from unlearn.errors import UserError
 
 
 @dataclass(frozen=True)
-class CompareConfig:
+class PairConfig:
     """Compare two evaluations of the same questions, question by question."""
 
     base: tyro.conf.Positional[Path]
