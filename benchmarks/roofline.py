@@ -26,9 +26,10 @@ import unlearn.losses
 from unlearn.blank import blank_lens, full_windows, needs_of
 from unlearn.building import method_parts, method_terms, original_model, precision, trained_model
 from unlearn.config import configure
+from unlearn.live_bytes import as_the_kernel_does
 from unlearn.methods.terms import Loss
 from unlearn.sharding import shard_mesh
-from unlearn.simulate import CPU, as_the_kernel_does, fake_ranks, in_a_process
+from unlearn.simulate import CPU, fake_ranks, in_a_process
 from unlearn.trainer import gradients
 from unlearn.weights import materialise
 

@@ -1,5 +1,6 @@
 """Flags: defaults of each mode, refusals, speed of --help."""
 
+import ast
 import subprocess
 import sys
 import tomllib
@@ -121,3 +122,14 @@ def test_the_package_lists_its_folders() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     found = {file.parent.relative_to(ROOT) for file in ROOT.glob("unlearn/**/*.py")}
     assert sorted(listed) == sorted(str(folder).replace("/", ".") for folder in found)
+
+
+def test_arrows_point_one_way() -> None:
+    """launch -> evals -> the rest of the package; only the table of commands knows all three."""
+    for file in ROOT.glob("unlearn/**/*.py"):
+        storey = file.relative_to(ROOT / "unlearn").parts[0]
+        above = {"launch": (), "evals": ("launch",), "__main__.py": ()}.get(storey, ("evals", "launch"))
+        for node in ast.walk(ast.parse(file.read_text())):
+            named = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            named += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not any(name.startswith(f"unlearn.{one}") for name in named for one in above), (file, named)

@@ -53,7 +53,7 @@ def _block_bytes(config: TrainConfig, model: PretrainedConfig, kind: Kind, rows:
 
 
 def _small(config: TrainConfig, model: PretrainedConfig, kind: Kind) -> PreTrainedModel:
-    """The model with two blocks, as its weights compute, and what trains of it."""
+    """The model with two blocks, in the dtype that it computes in; all that might train does."""
     cut = copy.deepcopy(model)
     cut.num_hidden_layers = COUNTED
     if getattr(cut, "layer_types", None):

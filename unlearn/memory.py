@@ -41,7 +41,6 @@ class Shape:
     """The sizes of a model that memory depends on.
 
     Attributes:
-        architecture: its `model_type`.
         parameters: of the whole model. matrices: of the matrices inside the blocks, Muon's share.
         block: parameters of the largest block. head: of the unembedding, V D. tied: whether it is the embedding too.
         targets: (outputs, inputs) of every linear layer inside the blocks that LoRA would adapt. orthogonalised: of
@@ -52,7 +51,6 @@ class Shape:
         in_block: for each kind of recomputation what one block keeps, and what its backward pass adds; see `NEOX`.
     """
 
-    architecture: str
     parameters: int
     matrices: int
     block: int
@@ -89,7 +87,6 @@ class Shape:
         in_blocks = [list(block.parameters()) for block in blocks(model)]
         trained = {id(parameter) for parameter in chosen.values()}
         return cls(
-            architecture=str(config.model_type),
             parameters=_size(named.values()),
             matrices=_size(inside.values()),
             block=max(map(_size, in_blocks)),
